@@ -1,0 +1,45 @@
+"""The README's Python examples, run in order; the commands it names exist."""
+
+import re
+from pathlib import Path
+
+import timm
+import torch
+
+from training.export import export
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_python_examples_run(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    backbone = timm.create_model("resnet18", num_classes=0)
+    export(backbone, "meta_uscl_resnet18", 64, tmp_path / "runs/demo/export", {
+        "method": "meta_uscl", "steps": 1, "sources": [], "manifest_sha256": "", "metrics": {}
+    })
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "readme"}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S):
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["logits"].shape == (1, 3)
+    assert namespace["features"].shape == (1, 512)
+    x = torch.randn(1, 1, 64, 64)
+    torch.testing.assert_close(namespace["model"].eval()(x), backbone.eval()(x.expand(-1, 3, -1, -1)))
+    detector = namespace["detector"].eval()
+    with torch.no_grad():
+        assert set(detector([torch.rand(3, 64, 64)])[0]) == {"boxes", "labels", "scores", "masks"}
+
+
+def test_the_test_command_is_what_ci_runs():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
+    assert "pip install -e '.[test]' && pytest" in readme
+    assert "pip install -q -e '.[test]' && pytest" in ci
+
+
+def test_files_and_settings_named_in_the_readme_exist():
+    readme = (ROOT / "README.md").read_text()
+    for path in re.findall(r"\]\(([^)#:]+)\)", readme) + re.findall(r"training/configs/\w+\.yaml", readme):
+        assert (ROOT / path).exists(), path
+    source = (ROOT / "training/config.py").read_text() + (ROOT / "training/run.py").read_text()
+    for name in re.findall(r"--((?:data|optim|meta|pairs|model)\.\w+)", readme):
+        assert re.search(rf"^    {name.partition('.')[2]}:", source, flags=re.M), name

@@ -1,0 +1,167 @@
+"""The mathematics of the training step against independent, plain computations."""
+
+import copy
+
+import pytest
+import torch
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from training import step
+from training.dual import recorded, scratch_buffers, tangent
+from training.losses import info_nce
+from training.model import CMWNet, Encoder
+
+TEMPERATURE = 0.5
+
+
+def naive_info_nce(z, weights=None, temperature=TEMPERATURE):
+    n = z.shape[1]
+    z = [v / v.norm() for v in torch.cat([z[0], z[1]])]
+    weights = torch.ones(n, dtype=z[0].dtype) if weights is None else weights
+    total = 2 * sum(weights)
+    loss = 0
+    for i in range(2 * n):
+        j = (i + n) % (2 * n)
+        denominator = sum(torch.exp(z[i] @ z[k] / temperature) for k in range(2 * n) if k != i)
+        loss = loss - weights[i % n] / total * torch.log(torch.exp(z[i] @ z[j] / temperature) / denominator)
+    return loss
+
+
+def test_info_nce_equals_the_naive_loop():
+    torch.manual_seed(0)
+    z, w = torch.randn(2, 5, 7, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    torch.testing.assert_close(info_nce(z, w, TEMPERATURE), naive_info_nce(z, w), rtol=1e-12, atol=0)
+    torch.testing.assert_close(info_nce(z, None, TEMPERATURE), naive_info_nce(z), rtol=1e-12, atol=0)
+    torch.testing.assert_close(info_nce(z, 9 * w), info_nce(z, w))  # the weights' scale is normalised away
+    with pytest.raises(ValueError, match="N >= 2"):
+        info_nce(z[:, :1])
+
+
+def build(name, clips=4, px=32, dtype=torch.float64, seed=0, **kwargs):
+    """A small problem in the middle of a training: momentum buffers, weight decay, running statistics."""
+    torch.manual_seed(seed)
+    encoder = Encoder(name, dim=16, **kwargs).to(dtype).train()
+    with torch.no_grad():  # away from the special points of the initialisation (zero biases, zero gains)
+        for p in encoder.parameters():
+            p += 0.02 * torch.randn_like(p)
+    cmw = CMWNet(encoder.num_features).to(dtype)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    cmw_optimizer = torch.optim.Adam(cmw.parameters(), lr=1e-3)
+    for p in encoder.parameters():
+        p.grad = 0.05 * torch.randn_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    batch = [torch.randn(2 * clips, 3, px, px, dtype=dtype) for _ in range(2)]
+    return encoder, cmw, optimizer, cmw_optimizer, *batch
+
+
+def per_view(encoder, x, params=None):
+    """The plain network on one view after the other; its buffers are left alone."""
+    tensors = {**dict(encoder.named_parameters()), **(params or {})}
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
+        outputs = [functional_call(encoder, {**tensors, **scratch_buffers(encoder)}, (v,)) for v in x.chunk(2)]
+    return [torch.stack(o) for o in zip(*outputs)]
+
+
+def oracle(encoder, cmw, optimizer, views, meta_views, delayed=False):
+    """CMW-Net's gradient by plain double backward through the unrolled step, and the look-ahead weights."""
+    params = dict(encoder.named_parameters())
+    h, z = per_view(encoder, views)
+    loss = naive_info_nce(z, cmw(h.detach() if delayed else h))
+    grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+    group = optimizer.param_groups[0]
+    ahead = {}
+    for (name, p), g in zip(params.items(), grads):
+        buffer = group["momentum"] * optimizer.state[p]["momentum_buffer"] + g + group["weight_decay"] * p
+        ahead[name] = p - group["lr"] * buffer
+    _, meta_z = per_view(encoder, meta_views, ahead)
+    return torch.autograd.grad(naive_info_nce(meta_z), list(cmw.parameters())), ahead
+
+
+def relative(a, b):
+    a, b = (torch.cat([t.reshape(-1) for t in x]) for x in (a, b))
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "convnext_atto", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("delayed", [False, True])
+def test_meta_gradient_equals_double_backward(name, delayed):
+    kwargs = {"img_size": 32} if name.startswith("vit") else {}
+    encoder, cmw, optimizer, cmw_optimizer, views, meta_views = build(name, **kwargs)
+    expected, ahead = oracle(encoder, cmw, optimizer, views, meta_views, delayed)
+    before = copy.deepcopy(encoder.state_dict())
+    weights = step.meta_step(
+        encoder, cmw, optimizer, cmw_optimizer, views, meta_views, TEMPERATURE, delayed=delayed
+    ).weights
+    assert min(g.norm() for g in expected) > 0
+    assert relative([p.grad for p in cmw.parameters()], expected) < 1e-9
+
+    if delayed:  # the look-ahead was the real step
+        assert relative(list(encoder.parameters()), [ahead[k] for k, _ in encoder.named_parameters()]) < 1e-12
+    else:  # the final step is plain SGD on the loss with the new weights as constants
+        reference, _, reference_optimizer, *_ = build(name, **kwargs)
+        h, z = per_view(reference, views)
+        naive_info_nce(z, cmw(h).detach()).backward()
+        reference_optimizer.step()
+        assert relative(list(encoder.parameters()), list(reference.parameters())) < 1e-12
+        torch.testing.assert_close(weights, cmw(h).detach())
+    for key, value in encoder.state_dict().items():
+        if key.endswith("num_batches_tracked"):
+            assert value == before[key] + 1  # once a step
+
+
+def test_running_statistics_move_once_by_the_real_batch():
+    encoder, cmw, optimizer, cmw_optimizer, views, meta_views = build("resnet18")
+    bn = encoder.backbone.bn1
+    mean, var = bn.running_mean.clone(), bn.running_var.clone()
+    x = encoder.backbone.conv1(views).detach()
+    v = torch.stack([c.var((0, 2, 3)) for c in x.chunk(2)]).mean(0)
+    m = torch.stack([c.mean((0, 2, 3)) for c in x.chunk(2)]).mean(0)
+    step.meta_step(encoder, cmw, optimizer, cmw_optimizer, views, meta_views, TEMPERATURE)
+    torch.testing.assert_close(bn.running_mean, 0.9 * mean + 0.1 * m)
+    torch.testing.assert_close(bn.running_var, 0.9 * var + 0.1 * v)
+
+
+def test_look_ahead_equals_the_optimiser():
+    encoder, _, optimizer, _, views, _ = build("resnet18")
+    grads = [torch.randn_like(p) for p in encoder.parameters()]
+    ahead = step.look_ahead(encoder, optimizer, grads)
+    before = [p.clone() for p in encoder.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), before))
+    step.apply_gradients(encoder, optimizer, grads)
+    for name, p in encoder.named_parameters():
+        torch.testing.assert_close(ahead[name], p, rtol=1e-14, atol=1e-14)
+
+
+def test_tangent_equals_a_difference_quotient():
+    encoder, *_, views, _ = build("resnet18")
+    _, tape = recorded(encoder, views)
+    direction = {k: torch.randn_like(p) for k, p in encoder.named_parameters()}
+    _, dz = tangent(encoder, views, tape, direction)
+    eps = 1e-9
+    plus, minus = (
+        per_view(encoder, views, {k: p + s * eps * direction[k] for k, p in encoder.named_parameters()})[1]
+        for s in (1, -1)
+    )
+    assert relative([dz], [((plus - minus) / (2 * eps)).flatten(0, 1)]) < 1e-5
+
+
+def meta_gradient(dtype=torch.float32, direction="exact", autocast=False):
+    encoder, cmw, optimizer, cmw_optimizer, *batch = build("resnet18", clips=16, px=64, dtype=torch.float32)
+    encoder, cmw = encoder.to(dtype), cmw.to(dtype)
+    for state in optimizer.state.values():
+        state["momentum_buffer"] = state["momentum_buffer"].to(dtype)
+    views, meta_views = (b.to(dtype) for b in batch)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        step.meta_step(
+            encoder, cmw, optimizer, cmw_optimizer, views, meta_views, TEMPERATURE, direction=direction
+        )
+    return torch.cat([p.grad.flatten() for p in cmw.parameters()]).double()
+
+
+def test_cheaper_arithmetic_keeps_the_direction():
+    exact = meta_gradient(torch.float64)
+    cosine = torch.nn.CosineSimilarity(dim=0)
+    assert cosine(meta_gradient(), exact) > 0.9999
+    assert cosine(meta_gradient(direction="difference"), exact) > 0.999

@@ -1,0 +1,220 @@
+"""Every setting of a training, with the paper's values as defaults."""
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import tyro
+import yaml
+
+
+@dataclass
+class Data:
+    """Where the clips come from, how they are cached and split."""
+
+    roots: tuple[str, ...] = ()
+    """Folders of clips, searched with any nesting: videos, DICOM, folders of numbered frames, images. None: the
+    built-in demo with simulated clips."""
+    cache: str = ""
+    """Folder of the frame cache; '' puts it beside the run ('cache' in the output folder)."""
+    cache_size: int = 0
+    """Pixels of the cached frames' sides; 0: 1.25 x model.size, so that a crop of 0.7 ... 1 of the area is not
+    enlarged."""
+    crop: str = "crop"
+    """Static user interface, text and borders around the moving sector: 'crop', 'blank' or 'none'."""
+    sheets: bool = False
+    """Write before/after sheets of the cropping as PNG, beside the cache."""
+    max_frames: int = 400
+    """Frames kept of a clip, evenly spaced in time."""
+    min_clips: int = 8
+    """Fewer readable clips than this end the run."""
+    workers: int = 0
+    """Processes that decode; 0: one a core."""
+    group: str = ""
+    """Regular expression, searched in a clip's id (root folder name/path), whose first group (or whole match) is
+    its patient. '': every clip is a group of its own."""
+    groups_csv: str = ""
+    """CSV with the columns path and group, instead of a pattern."""
+    label: str = ""
+    """Regular expression for the label of the kNN probe, as `group`. '': the root folder."""
+    meta_fraction: float = 0.1
+    """Share of the groups that gives the clean pairs of the meta-loss."""
+    val_fraction: float = 0.1
+    """Share of the groups held out for validation."""
+    licences: dict[str, str] = field(default_factory=dict)
+    """Licence by root folder name; written into the export's provenance."""
+
+
+@dataclass
+class Pairs:
+    """Positive pair generation and augmentation (paper, section III-B)."""
+
+    frames: int = 3
+    """K, frames of a clip that span a pair's convex hull. 2: the two frames; 1: one frame twice."""
+    mode: str = "standard"
+    """'standard': two Beta-weighted mixes that share the middle frame; 'inner': random points of the hull."""
+    max_dist: int = 999
+    """Largest distance, in frames, between the frames of a pair."""
+    alpha: float = 3.0
+    """First parameter of the Beta distribution of the middle frame's weight."""
+    beta: float = 5.0
+    """Second parameter."""
+    augment_first: bool = False
+    """Augment every frame on its own, then mix; otherwise mix, then augment."""
+    crop_scale: tuple[float, float] = (0.7, 1.0)
+    """Area of the random resized crop."""
+    crop_ratio: tuple[float, float] = (0.8, 1.25)
+    """Its aspect ratio."""
+    jitter: float = 0.64
+    """Brightness and contrast factors lie in 1 +- jitter."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+
+
+@dataclass
+class Model:
+    """What is trained."""
+
+    name: str = "meta_uscl_resnet18"
+    """Ours (meta_uscl_resnet18/34/50) or any timm model."""
+    pretrained: bool = False
+    """Start from the model's pretrained weights instead of at random."""
+    size: int = 64
+    """Pixels of the input's sides."""
+    dim: int = 128
+    """Width of the projection."""
+
+
+@dataclass
+class Meta:
+    """CMW-Net and its learning (paper, section III-C)."""
+
+    lr: float = 6e-5
+    """Adam's learning rate."""
+    batch: int = 0
+    """Clean pairs a step, over all ranks; 0: as many as optim.batch."""
+    hidden: int = 10
+    """Hidden units."""
+    every: int = 1
+    """Update CMW-Net every so many steps."""
+    delayed: bool = False
+    """Step with the weights from before CMW-Net's update: one backward pass less a step."""
+    tangent: str = "exact"
+    """'exact' (forward mode) or 'difference' (central difference of two forward passes)."""
+
+
+@dataclass
+class Optim:
+    """SGD with a cosine schedule."""
+
+    batch: int = 32
+    """Clips a step, over all ranks."""
+    epochs: int = 300
+    """Passes over the training clips."""
+    steps: int = 0
+    """Steps in all, instead of epochs; 0: as many as the epochs give."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    warmup_epochs: float = 10
+    """Linear warm-up, at most a tenth of the training."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 1e-4
+    """On all parameters, as in the paper."""
+    decay_norm_and_bias: bool = True
+    """False spares norms and biases the weight decay."""
+    temperature: float = 0.5
+    """Of InfoNCE."""
+
+
+@dataclass
+class Config:
+    """Train Meta-USCL. Without data.roots, the built-in demo on simulated clips runs."""
+
+    out: str = "runs/demo"
+    """Output folder: config.yaml, checkpoint.pt, log.jsonl, tensorboard/, figures/, export/."""
+    method: str = "meta_uscl"
+    """'simclr' (one frame twice, no weights), 'uscl' (PPI, no weights) or 'meta_uscl'."""
+    seed: int = 0
+    """Fixes weights, splits, order, pairs and augmentations."""
+    resume: bool = False
+    """Go on from the output folder's checkpoint."""
+    device: str = "auto"
+    """'auto', 'cpu' or 'cuda'."""
+    precision: str = "fp32"
+    """'fp32' or 'bf16' (autocast of the encoder)."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    eval_epochs: int = 1
+    """Epochs between validations; the last step always has one."""
+    data: Data = field(default_factory=Data)
+    pairs: Pairs = field(default_factory=Pairs)
+    model: Model = field(default_factory=Model)
+    meta: Meta = field(default_factory=Meta)
+    optim: Optim = field(default_factory=Optim)
+
+
+def cli(kind, description=None, args=None, fallback=None):
+    """Parse the command line: `--config FILE.yaml`, then dotted overrides (`--optim.lr 0.05`).
+
+    Args:
+        kind: a dataclass with defaults for every field.
+        fallback: YAML file that serves when the command line names none.
+
+    Returns:
+        An instance of `kind`. Unknown names or values of the wrong type end the program with a message (status 2).
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    path = fallback
+    for i, arg in enumerate(args):
+        if arg == "--config" or arg.startswith("--config="):
+            if arg == "--config" and i + 1 == len(args):
+                sys.exit("--config: name a YAML file")
+            path = arg.partition("=")[2] or args[i + 1]
+            del args[i : i + (1 if "=" in arg else 2)]
+            break
+    default = kind() if path is None else load(kind, path)
+    return tyro.cli(kind, args=args, default=default, description=description, config=(tyro.conf.FlagConversionOff,))
+
+
+def load(kind, path):
+    """Read a YAML file into the dataclass `kind`; fields it leaves out keep their defaults.
+
+    Raises:
+        SystemExit: the file is missing, is not YAML, or names an unknown field.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        sys.exit(f"--config {path}: {error}")
+    return _fill(kind, values, path)
+
+
+def _fill(kind, values, path, prefix=""):
+    fields = {f.name: f for f in kind.__dataclass_fields__.values()}
+    instance = kind()
+    if not isinstance(values, dict):
+        sys.exit(f"{path}: {prefix or 'the file'} must be a mapping, got {type(values).__name__}")
+    for name, value in values.items():
+        if name not in fields:
+            sys.exit(f"{path}: unknown setting {prefix}{name}; known here: {', '.join(fields)}")
+        present = getattr(instance, name)
+        if hasattr(present, "__dataclass_fields__"):
+            value = _fill(type(present), value, path, f"{prefix}{name}.")
+        elif isinstance(present, tuple):
+            value = tuple([value] if isinstance(value, str) else value)
+        elif isinstance(present, float) and isinstance(value, (int, str)):
+            value = float(value)  # YAML reads 6e-5 as a string
+        elif not isinstance(value, type(present)):
+            sys.exit(f"{path}: {prefix}{name} must be {type(present).__name__}, got {value!r}")
+        setattr(instance, name, value)
+    return instance
+
+
+def dump(config, path):
+    """Write a config as YAML that `load` reads back to an equal one."""
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+    for group, value in plain.items():
+        if isinstance(value, dict):
+            plain[group] = {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
+    Path(path).write_text(yaml.safe_dump(plain, sort_keys=False))

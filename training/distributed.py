@@ -1,0 +1,73 @@
+"""The few collective operations of the training step. Without `torchrun` each is the identity."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def setup(device="auto"):
+    """Join the process group that `torchrun` describes, if any. Returns this process's device."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return torch.device(device)
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if world() > 1:
+        dist.barrier()
+
+
+def gather(x, dim=1):
+    """Concatenate `x` (same shape on every rank) over the ranks; only this rank's part carries a gradient.
+
+    A loss of the gathered tensor is the global loss on every rank, and the gradients of all ranks add up to its
+    gradient: see `sum_`.
+    """
+    if world() == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[rank()] = x
+    return torch.cat(parts, dim=dim)
+
+
+def sum_(tensors):
+    """Sum a list of tensors over the ranks, in place, in one message. Returns the list."""
+    if world() > 1:
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(part.view_as(t))
+    return tensors
+
+
+def average_buffers(module):
+    """Average the floating-point buffers (running statistics) over the ranks, in place."""
+    if world() > 1:
+        buffers = [b for b in module.buffers() if b.is_floating_point()]
+        for b in sum_(buffers):
+            b /= world()
+
+
+def any_(flag, device):
+    """True on every rank if `flag` is true on one."""
+    if world() == 1:
+        return flag
+    flag = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flag)
+    return bool(flag)

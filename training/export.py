@@ -1,0 +1,154 @@
+"""Write a trained backbone as a folder in timm's Hub format, with its provenance and a model card."""
+
+import datetime
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save_file
+
+import uscl_hub
+from uscl_hub.preprocess import MEAN, STD
+
+LICENCE_OF_CODE = "apache-2.0"
+
+
+def architecture(name):
+    """The plain timm architecture of a model name: bare timm must load the export without our package."""
+    return name.removeprefix("meta_uscl_").partition(".")[0]
+
+
+def pretrained_cfg(name, size, channels=3):
+    """A full timm `pretrained_cfg`: what is left out, timm would fill in from its own checkpoint's."""
+    cfg = timm.get_pretrained_cfg(architecture(name))
+    return {
+        "tag": "meta_uscl",
+        "input_size": [channels, size, size],
+        "test_input_size": None,
+        "fixed_input_size": bool(cfg.fixed_input_size) if cfg else False,
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "test_crop_pct": None,
+        "crop_mode": "squash",
+        "mean": [MEAN] * channels,
+        "std": [STD] * channels,
+        "num_classes": 0,
+        "pool_size": None,
+        "first_conv": cfg.first_conv if cfg else None,
+        "classifier": cfg.classifier if cfg else None,
+        "paper_ids": "arXiv:2212.04097",
+        "paper_name": "Generating and Weighting Semantically Consistent Sample Pairs for Ultrasound "
+        "Contrastive Learning",
+        "origin_url": "https://github.com/Schuture/Meta-USCL",
+    }
+
+
+def code_version():
+    """Package version, and the commit where the code is a git checkout."""
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {"version": uscl_hub.__version__, "commit": git.stdout.strip() if git.returncode == 0 else None}
+
+
+def fingerprint(name):
+    """Identifies a group or clip without naming it: paths may hold what must not be published."""
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+def export(backbone, name, size, folder, provenance, channels=3):
+    """Export a backbone; an existing export in `folder` is replaced file by file, each atomically.
+
+    Args:
+        backbone: the timm model, without classifier.
+        name: the name it was created by.
+        size: pixels of the input's sides.
+        folder: is made.
+        provenance: dict for config.json's "uscl_hub" (method, steps, config, sources, ...), JSON-serialisable.
+
+    Returns:
+        The folder as a Path: model.safetensors, config.json, README.md.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
+    bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if bad:
+        raise ValueError(f"export: weights are not finite in {', '.join(bad[:5])}: nothing is written")
+    _replace(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    provenance = {
+        **provenance,
+        "code": code_version(),
+        "sha256": digest,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    config = {
+        "architecture": architecture(name),
+        "num_classes": 0,
+        "num_features": backbone.num_features,
+        "pretrained_cfg": pretrained_cfg(name, size, channels),
+        "uscl_hub": provenance,
+    }
+    _replace(folder / "config.json", lambda path: Path(path).write_text(json.dumps(config, indent=2)))
+    _replace(folder / "README.md", lambda path: Path(path).write_text(model_card(config)))
+    return folder
+
+
+def _replace(path, write):
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def model_card(config):
+    """The export's README.md, from its config.json."""
+    p, cfg = config["uscl_hub"], config["pretrained_cfg"]
+    licences = sorted({s["licence"] for s in p["sources"]})
+    metrics = "\n".join(f"| {k} | {v:.4g} |" for k, v in p["metrics"].items() if v is not None)
+    sources = "\n".join(f"| {s['name']} | {s['clips']} | {s['frames']} | {s['licence']} |" for s in p["sources"])
+    return f"""---
+library_name: timm
+pipeline_tag: image-feature-extraction
+license: other
+license_name: see-data-licences
+tags:
+- timm
+- ultrasound
+- medical
+- meta-uscl
+---
+# {config["architecture"]}, pretrained on ultrasound by {p["method"]}
+
+{config["num_features"]} features from a {cfg["input_size"][1]} x {cfg["input_size"][2]} grey image, pretrained for
+{p["steps"]} steps with uscl-hub {p["code"]["version"]} (commit {p["code"]["commit"]}) by the
+method of arXiv 2212.04097. Not a medical device: features for research, without any clinical validation.
+
+```python
+import timm
+model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True, num_classes=0).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+Training data (licences: {", ".join(licences)}; whoever publishes these weights answers for them):
+
+| source | clips | frames | licence |
+| --- | --- | --- | --- |
+{sources}
+
+Manifest sha256: `{p["manifest_sha256"]}`. Weights sha256: `{p["sha256"]}`.
+
+| metric at the last step | value |
+| --- | --- |
+{metrics}
+"""

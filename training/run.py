@@ -1,0 +1,499 @@
+"""Train Meta-USCL: `python training/run.py [--config FILE.yaml] [--dotted.override VALUE ...]`.
+
+Clips -> frame cache -> groups and splits -> training -> export -> check of the export. Without --config and
+data.roots it runs the demo on simulated clips (training/configs/demo.yaml).
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np  # noqa: E402
+import timm  # noqa: E402
+import torch  # noqa: E402
+from torch.utils.tensorboard import SummaryWriter  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from training import config as configs  # noqa: E402
+from training import data, distributed, export, figures, probe  # noqa: E402
+from training.cache import CacheError, ingest  # noqa: E402
+from training.losses import info_nce  # noqa: E402
+from training.model import CMWNet, Encoder  # noqa: E402
+from training.simulate import write_demo  # noqa: E402
+from training.splits import assign_groups, split_groups  # noqa: E402
+from training.step import contrastive_step, meta_step  # noqa: E402
+
+DEMO = Path(__file__).parent / "configs" / "demo.yaml"
+COLLAPSED = 2.0  # an effective rank below this means that the features have (nearly) become one number
+
+
+def main(config):
+    device = distributed.setup(config.device)
+    check(config)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        checkpoint = find_checkpoint(config, out)
+        if distributed.rank() == 0:
+            configs.dump(config, out / "config.yaml")
+        clips = prepare(config, out)
+        state = build(config, clips, device)
+        if checkpoint:
+            restore(state, checkpoint, config)
+        if not train(state, config, clips, out, device):
+            return  # stopped by a signal, saved
+        if distributed.rank() == 0:
+            finish(state, config, clips, out, device)
+
+
+def check(config):
+    """Refuse settings that cannot work before anything is decoded."""
+    if config.method not in ("simclr", "uscl", "meta_uscl"):
+        sys.exit(f"method: 'simclr', 'uscl' or 'meta_uscl', not {config.method!r}")
+    if config.precision not in ("fp32", "bf16"):
+        sys.exit(f"precision: 'fp32' or 'bf16', not {config.precision!r}")
+    if config.pairs.mode not in ("standard", "inner"):
+        sys.exit(f"pairs.mode: 'standard' or 'inner', not {config.pairs.mode!r}")
+    if config.meta.tangent not in ("exact", "difference"):
+        sys.exit(f"meta.tangent: 'exact' or 'difference', not {config.meta.tangent!r}")
+    for name, value in (("pairs.frames", config.pairs.frames), ("meta.every", config.meta.every),
+                        ("pairs.max_dist", config.pairs.max_dist), ("model.size", config.model.size)):
+        if value < 1:
+            sys.exit(f"{name} must be at least 1, got {value}")
+    for name, value in (("optim.batch", config.optim.batch), ("meta.batch", config.meta.batch)):
+        if value % distributed.world() or (name == "optim.batch" and value < 2):
+            sys.exit(f"{name} = {value} must be at least 2 and a multiple of the {distributed.world()} processes")
+    missing = [root for root in config.data.roots if not Path(root).exists()]
+    if missing:
+        sys.exit(f"data.roots: no such folder: {', '.join(missing)}")
+
+
+@contextlib.contextmanager
+def locked(out):
+    """One run an output folder: a second one is refused."""
+    if distributed.rank() != 0:
+        yield
+        return
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"{out}: another run is writing here; choose another --out or wait for it")
+        yield
+
+
+def find_checkpoint(config, out):
+    path = out / "checkpoint.pt"
+    if config.resume and not path.exists():
+        say(f"{path} does not exist yet: starting from the beginning")
+    elif path.exists() and not config.resume:
+        sys.exit(f"{out} holds a training already: --resume True goes on with it, another --out starts a new one")
+    return path if config.resume and path.exists() else None
+
+
+# Data ---------------------------------------------------------------------------------------------------------
+
+
+class Clips:
+    """The frame cache with every clip's group and label, and the clips of each split (arrays of cache indices)."""
+
+    def __init__(self, cache, config):
+        self.cache = cache
+        groups, labels = config.data.group, config.data.label
+        self.groups = assign_groups(cache.ids, groups or None, config.data.groups_csv or None)
+        self.labels = np.array(assign_groups(cache.ids, labels) if labels else cache.sources)
+        fractions = {"meta": config.data.meta_fraction, "val": config.data.val_fraction}
+        fractions["train"] = 1 - sum(fractions.values())
+        self.splits = np.array(split_groups(self.groups, fractions, config.seed, cache.sources))
+        self.train, self.meta, self.val = (np.flatnonzero(self.splits == s) for s in ("train", "meta", "val"))
+
+    def manifest(self):
+        """What was trained on, without naming paths: one dict a clip."""
+        return [
+            {"sha256": sha, "group": export.fingerprint(group), "source": source, "split": str(split),
+             "frames": int(frames)}
+            for sha, group, source, split, frames in zip(
+                self.cache.sha256, self.groups, self.cache.sources, self.splits, self.cache.lengths)
+        ]
+
+
+def prepare(config, out):
+    """Ingest (rank 0) and split. A problem with the data ends the run with a message."""
+    roots = config.data.roots
+    size = config.data.cache_size or round(1.25 * config.model.size)
+    folder = Path(config.data.cache or out / "cache")
+    settings = {"size": size, "crop": config.data.crop, "max_frames": config.data.max_frames}
+    try:
+        if not roots:
+            if distributed.rank() == 0 and not (out / "demo").exists():
+                say("No data.roots: simulating B-mode clips for the demo")
+                write_demo(out / "demo.partial", clips=120, frames=24, size=96, seed=config.seed)
+                (out / "demo.partial").rename(out / "demo")
+            roots = (str(out / "demo"),)
+        if distributed.rank() == 0:
+            cache = ingest(roots, folder, workers=config.data.workers or None, min_clips=config.data.min_clips,
+                           sheets=config.data.sheets, **settings)
+        distributed.barrier()
+        if distributed.rank() != 0:
+            cache = ingest(roots, folder, workers=0, progress=False, **settings)
+        clips = Clips(cache, config)
+    except (CacheError, ValueError) as error:
+        sys.exit(f"data: {error}")
+    counts = ", ".join(f"{len(c)} {n}" for n, c in (("train", clips.train), ("meta", clips.meta), ("val", clips.val)))
+    say(f"{len(cache)} clips of {len(set(clips.groups))} groups: {counts}")
+    if len(clips.train) < config.optim.batch:
+        sys.exit(f"data: {len(clips.train)} training clips do not fill a batch of optim.batch = {config.optim.batch}")
+    if len(clips.val) < 2:
+        sys.exit("data: validation needs 2 clips; raise data.val_fraction or add clips")
+    return clips
+
+
+# Training -----------------------------------------------------------------------------------------------------
+
+
+class State:
+    """Everything that a checkpoint holds: networks, optimisers and the number of steps done."""
+
+    def __init__(self, encoder, cmw, optimizer, cmw_optimizer):
+        self.encoder, self.cmw, self.optimizer, self.cmw_optimizer = encoder, cmw, optimizer, cmw_optimizer
+        self.step = 0
+
+    def parts(self):
+        return {k: v for k, v in vars(self).items() if hasattr(v, "state_dict")}
+
+
+def build(config, clips, device):
+    torch.manual_seed(config.seed)
+    kwargs = {"img_size": config.model.size} if needs_img_size(config.model.name) else {}
+    encoder = Encoder(config.model.name, config.model.dim, pretrained=config.model.pretrained, **kwargs)
+    encoder = encoder.to(device, memory_format=torch.channels_last).train()
+    optim = config.optim
+    decay = [p for p in encoder.parameters() if p.ndim > 1 or optim.decay_norm_and_bias]
+    spared = [p for p in encoder.parameters() if p.ndim <= 1 and not optim.decay_norm_and_bias]
+    groups = [{"params": decay, "weight_decay": optim.weight_decay}]
+    groups += [{"params": spared, "weight_decay": 0.0}] if spared else []
+    optimizer = torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+    cmw = cmw_optimizer = None
+    if config.method == "meta_uscl":
+        cmw = CMWNet(encoder.num_features, config.meta.hidden).to(device)
+        cmw_optimizer = torch.optim.Adam(cmw.parameters(), lr=config.meta.lr)
+    return State(encoder, cmw, optimizer, cmw_optimizer)
+
+
+def needs_img_size(name):
+    cfg = timm.get_pretrained_cfg(export.architecture(name))
+    return bool(cfg and cfg.fixed_input_size)
+
+
+def learning_rate(step, total, warmup, peak):
+    """Linear warm-up over `warmup` steps, then a half cosine to 0 at `total`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak / 2 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def train(state, config, clips, out, device):
+    """Run the remaining steps. Returns False when a signal ended it early (the checkpoint is written)."""
+    optim, meta = config.optim, config.meta
+    part = slice(distributed.rank(), None, distributed.world())
+    pairs = config.pairs
+    if config.method == "simclr":
+        pairs = configs.Pairs(**{**vars(pairs), "frames": 1})
+    clean = configs.Pairs(**{**vars(pairs), "frames": 1})
+    epoch = len(clips.train) // optim.batch
+    total = optim.steps or optim.epochs * epoch
+    warmup = min(int(optim.warmup_epochs * epoch), total // 10)
+    channels = next(state.encoder.parameters()).shape[1]
+    meta_batch = meta.batch or optim.batch
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+    def updates_cmw(step):
+        return config.method == "meta_uscl" and step % meta.every == 0
+
+    def load(step):
+        chosen = data.train_clips(clips.train, step, optim.batch, config.seed)
+        batch = data.make_batch(clips.cache, chosen, pairs, (config.seed, data.TRAIN, step), part)
+        if not updates_cmw(step):
+            return chosen, batch, None
+        held_out = data.meta_clips(clips.meta, step, meta_batch, config.seed)
+        return chosen, batch, data.make_batch(clips.cache, held_out, clean, (config.seed, data.META, step), part)
+
+    log = Log(out, state.step, total)
+    with stop_signals() as stopped, contextlib.closing(log), contextlib.closing(
+        data.prefetch(load, range(state.step, total))
+    ) as batches:
+        while state.step < total:
+            start = time.perf_counter()
+            chosen, batch, meta_batch_ = next(batches)
+            waited = time.perf_counter() - start
+            torch.manual_seed(config.seed * 1_000_003 + state.step)  # dropout and the like, if the backbone has any
+            lr = learning_rate(state.step, total, warmup, optim.lr)
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr
+            views = batch.views(device, config.model.size, channels)
+            with autocast:
+                if meta_batch_ is not None:
+                    clean_views = meta_batch_.views(device, config.model.size, channels)
+                    result = meta_step(state.encoder, state.cmw, state.optimizer, state.cmw_optimizer, views,
+                                       clean_views, optim.temperature, meta.delayed, meta.tangent)
+                else:
+                    result = contrastive_step(state.encoder, state.optimizer, views, optim.temperature, state.cmw)
+            loss = result.loss.item()
+            if not math.isfinite(loss):
+                sys.exit(f"step {state.step}: the loss is {loss}; lower optim.lr. {out / 'checkpoint.pt'} (if any) is "
+                         "from before")
+            state.step += 1
+            seconds = time.perf_counter() - start
+            log.step(state.step, loss, lr, optim.batch / seconds, result, result.meta_seconds / seconds,
+                     waited / seconds, chosen)
+
+            last = state.step == total
+            stop = distributed.any_(stopped.is_set(), device)
+            if last or state.step % (config.eval_epochs * epoch) == 0:
+                distributed.average_buffers(state.encoder)
+                if distributed.rank() == 0:
+                    log.check(state.step, validate(state.encoder, config, clips, device))
+            if stop or last or state.step % config.save_every == 0:
+                distributed.average_buffers(state.encoder)
+                if distributed.rank() == 0:
+                    log.flush()
+                    save(state, out / "checkpoint.pt", config)
+                distributed.barrier()
+            if stop and not last:
+                say(f"stopped by a signal at step {state.step} of {total}; go on with --resume True")
+                return False
+    return True
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """SIGTERM and SIGINT let the running step end; the caller then saves and leaves. A second one kills."""
+    event = threading.Event()
+
+    def handler(number, frame):
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield event
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@torch.no_grad()
+def validate(encoder, config, clips, device):
+    """Loss of the validation clips' pairs (always the same ones), kNN probe and effective rank, in eval mode."""
+    encoder.eval()
+    channels = next(encoder.parameters()).shape[1]
+    losses, sizes = [], []
+    for i in range(0, len(clips.val) - 1, config.optim.batch):  # a batch of one clip has no negative
+        chosen = clips.val[i : i + config.optim.batch]
+        if len(chosen) < 2:
+            break
+        batch = data.make_batch(clips.cache, chosen, config.pairs, (config.seed, data.VAL, i))
+        _, z = encoder(batch.views(device, config.model.size, channels))
+        losses.append(info_nce(z.unflatten(0, (2, -1)), None, config.optim.temperature).item())
+        sizes.append(len(chosen))
+    encoder.train()
+    return {"val_loss": float(np.average(losses, weights=sizes)), **probe_backbone(encoder.backbone, config, clips, device)}
+
+
+def probe_backbone(backbone, config, clips, device, frames=400):
+    """kNN balanced accuracy on validation frames, and the effective rank of their features.
+
+    The label of a validation frame is looked for among the training frames. Where validation has one label only,
+    the frames of the second half of its clips look for their clip among those of the first half.
+    """
+    def sample(split):
+        rows, owner = probe.sample_frames(clips.cache, split, 4)
+        keep = np.linspace(0, len(rows) - 1, min(frames, len(rows))).round().astype(int)
+        x = probe.features(backbone, clips.cache.frames[rows[keep]], config.model.size, device)
+        return x, rows[keep], owner[keep]
+
+    val, rows, owner = sample(clips.val)
+    if len(set(clips.labels[clips.val])) > 1:
+        train, _, train_owner = sample(clips.train)
+        knn = probe.knn_accuracy(train, clips.labels[train_owner], val, clips.labels[owner])
+    else:
+        late = rows - clips.cache.offsets[owner] >= clips.cache.lengths[owner] / 2
+        knn = probe.knn_accuracy(val[~late], owner[~late], val[late], owner[late], k=1)
+    return {"knn": knn, "effective_rank": probe.effective_rank(val)}
+
+
+class Log:
+    """Progress bar, log.jsonl and TensorBoard, on rank 0; elsewhere it does nothing."""
+
+    def __init__(self, out, done, total):
+        self.on = distributed.rank() == 0
+        if not self.on:
+            return
+        path = out / "log.jsonl"
+        lines = path.read_text().splitlines() if path.exists() and done else []
+        with open(path, "w") as file:  # what came after the checkpoint happens again
+            file.writelines(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= done)
+        self.file = open(path, "a")
+        self.board = SummaryWriter(out / "tensorboard", purge_step=done)
+        self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+        self.last = {}
+
+    def step(self, step, loss, lr, clips_per_s, result, meta_share, wait_share, chosen):
+        meta_loss = None if result.meta_loss is None else result.meta_loss.item()
+        if not self.on:
+            return
+        numbers = {"loss": loss, "meta_loss": meta_loss, "lr": lr, "images_per_s": 2 * clips_per_s,
+                   "meta_share": meta_share, "wait_share": wait_share}
+        row = {"step": step, **{k: v for k, v in numbers.items() if v is not None}}
+        for k, v in row.items():
+            self.board.add_scalar(f"train/{k}", v, step)
+        if result.weights is not None:
+            row.update(weights=[round(w, 5) for w in result.weights.tolist()], clips=np.asarray(chosen).tolist())
+            self.board.add_histogram("weights", result.weights, step)
+        self.file.write(json.dumps(row) + "\n")
+        self.last.update(loss=f"{loss:.3f}", lr=f"{lr:.3g}", img_s=f"{2 * clips_per_s:.0f}", meta=f"{meta_share:.0%}")
+        self.bar.set_postfix(self.last, refresh=False)
+        self.bar.update()
+
+    def check(self, step, numbers):
+        for k, v in numbers.items():
+            if v is not None:
+                self.board.add_scalar(f"validation/{k}", v, step)
+        self.file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self.last.update(val=f"{numbers['val_loss']:.3f}", knn="-" if numbers["knn"] is None else f"{numbers['knn']:.3f}")
+        if numbers["effective_rank"] < COLLAPSED:
+            tqdm.write(f"step {step}: COLLAPSE? the features' effective rank is {numbers['effective_rank']:.2f}; "
+                       "lower optim.lr or use more different clips")
+
+    def flush(self):
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self):
+        if self.on:
+            self.flush()
+            self.file.close()
+            self.board.close()
+            self.bar.close()
+
+
+# Checkpoints --------------------------------------------------------------------------------------------------
+
+
+def save(state, path, config):
+    """Write the checkpoint under a temporary name, then rename it: a crash or a full disk leaves the old one."""
+    temporary = path.with_suffix(".partial")
+    content = {name: part.state_dict() for name, part in state.parts().items()}
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({**content, "step": state.step, "fixed": fixed(config)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        sys.exit(f"{path}: cannot write the checkpoint ({error}); the previous one, if any, is intact")
+
+
+def fixed(config):
+    """The settings that a resumed run must share with the run that it continues."""
+    values = {"method": config.method, "seed": config.seed, "precision": config.precision}
+    for group in ("pairs", "model", "meta", "optim"):
+        values.update({f"{group}.{k}": v for k, v in vars(getattr(config, group)).items()})
+    return values
+
+
+def restore(state, path, config):
+    """Load a checkpoint of the same settings. The random numbers need no restoring: they follow from the step."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        sys.exit(f"{path}: damaged or not a checkpoint of ours ({type(error).__name__}: {error})")
+    differ = [f"{k}: {content['fixed'].get(k)!r} there, {v!r} here" for k, v in fixed(config).items()
+              if content["fixed"].get(k) != v]
+    if differ:
+        sys.exit(f"{path}: --resume needs the settings it was started with; " + "; ".join(differ))
+    for name, part in state.parts().items():
+        part.load_state_dict(content[name])
+    state.step = content["step"]
+    say(f"resumed at step {state.step}")
+
+
+# The end ------------------------------------------------------------------------------------------------------
+
+
+def finish(state, config, clips, out, device):
+    """Figures, export, check of the export, comparison with random initialisation."""
+    log = figures.read_log(out / "log.jsonl")
+    folder = out / "figures"
+    folder.mkdir(exist_ok=True)
+    figures.loss_curves(log, folder / "loss.png")
+    if state.cmw is not None:
+        figures.weight_histogram(log, clips.cache.sources, folder / "weights.png")
+        longest = clips.val[np.argmax(clips.cache.lengths[clips.val])]
+        figures.similarity_against_weight(state.encoder, state.cmw, clips.cache.clip(longest), config.model.size,
+                                          device, folder / "similarity_and_weight.png")
+
+    checks = next(r for r in reversed(log) if "val_loss" in r)
+    manifest = clips.manifest()
+    text = json.dumps(manifest, indent=0)
+    (out / "manifest.json").write_text(text)
+    names = sorted(set(clips.cache.sources))
+    provenance = {
+        "method": config.method,
+        "steps": state.step,
+        "seed": config.seed,
+        "projector_dim": config.model.dim,
+        "config": fixed(config),
+        "sources": [
+            {"name": "simulated (training/simulate.py)" if not config.data.roots else name,
+             "clips": sum(s == name for s in clips.cache.sources),
+             "frames": int(clips.cache.lengths[np.array(clips.cache.sources) == name].sum()),
+             "licence": config.data.licences.get(name, "simulated" if not config.data.roots else "not stated")}
+            for name in names
+        ],
+        "manifest_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "groups": sorted({m["group"] for m in manifest}),
+        "clips": sorted(m["sha256"] for m in manifest),
+        "metrics": {k: checks[k] for k in ("val_loss", "knn", "effective_rank")},
+    }
+    path = export.export(state.encoder.backbone, config.model.name, config.model.size, out / "export", provenance)
+
+    frames = clips.cache.frames[probe.sample_frames(clips.cache, clips.val, 1)[0]]
+    ours = probe.features(state.encoder.backbone, frames, config.model.size, device)
+    reloaded = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0).to(device, memory_format=torch.channels_last)
+    difference = np.abs(ours - probe.features(reloaded, frames, config.model.size, device)).max()
+    torch.manual_seed(config.seed)
+    untrained = timm.create_model(export.architecture(config.model.name), num_classes=0, **(
+        {"img_size": config.model.size} if needs_img_size(config.model.name) else {}))
+    untrained = untrained.to(device, memory_format=torch.channels_last)
+    random = probe_backbone(untrained, config, clips, device)
+    say(f"exported to {path}; reloaded by plain timm, largest difference of the features: {difference:g}")
+    labels = len(set(clips.labels[clips.val]))
+    task = f"{labels} labels of held-out groups" if labels > 1 else f"{len(clips.val)} held-out clips told apart"
+    say(f"kNN probe ({task}), balanced accuracy: trained {checks['knn']:.3f}, random initialisation {random['knn']:.3f}")
+    say(f"effective rank of the features: trained {checks['effective_rank']:.1f}, "
+        f"random initialisation {random['effective_rank']:.1f}")
+    say(f"use it: timm.create_model('local-dir:{path}', pretrained=True, num_classes=3), or "
+        f"uscl_hub.load_meta_uscl_backbone('{config.model.name}', checkpoint='{path}')")
+
+
+def say(message):
+    if distributed.rank() == 0:
+        print(message, flush=True)
+
+
+if __name__ == "__main__":
+    settings = configs.cli(configs.Config, __doc__, fallback=None if "--data.roots" in sys.argv else DEMO)
+    main(settings)

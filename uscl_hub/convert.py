@@ -1,0 +1,159 @@
+"""The authors' released checkpoints (.pth) into our format.
+
+Their encoder is nn.Sequential(*list(torchvision_resnet.children())[:-1]) under the name `features`, so that
+features.0 is conv1, features.1 is bn1 and features.4 to features.7 are layer1 to layer4. `l1` and `l2` are
+the projection head; the older USCL files have `linear` and `fc` heads as well. Heads are dropped.
+"""
+
+import pickle
+import re
+from pathlib import Path
+
+import timm
+import torch
+
+from . import __version__, checkpoints, models
+from .checkpoints import CheckpointError
+
+STAGES = {'0': 'conv1', '1': 'bn1', '4': 'layer1', '5': 'layer2', '6': 'layer3', '7': 'layer4'}
+HEAD = re.compile(r'(l1|l2|linear|fc)\.(weight|bias)')
+NORMALISATION = {'meta_uscl': (0.18, 0.24), 'uscl': (0.5, 0.25)}  # mean, std of the two methods' code
+
+
+def read_pth(path) -> dict[str, torch.Tensor]:
+    """The state dict in a .pth file, read with weights_only=True. Raises CheckpointError."""
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f'{path}: no such file. Check the path') from None
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f'{path}: holds more than tensors (numpy scalars, for example), which is refused because '
+            'unpickling it '
+            'would run its code. If you trust whoever made it, open it once with torch.load(..., '
+            'weights_only=False), '
+            "save only its tensors with torch.save({'state_dict': {name: tensor, ...}}, NEW), and "
+            "convert NEW "
+            f'({_first_line(error)})'
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f'{path}: cannot be read as a .pth file ({_first_line(error)}). Download it again'
+        ) from error
+    state = content.get('state_dict', content) if isinstance(content, dict) else None
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
+    ):
+        raise CheckpointError(
+            f"{path}: has neither a 'state_dict' of tensors nor is one. It is not one of the "
+            "authors' checkpoints"
+        )
+    return state
+
+
+def _first_line(error) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def rename(state: dict[str, torch.Tensor], where) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Legacy names -> (timm's names, dropped head names). Raises CheckpointError on an unknown name."""
+    if all(k.startswith('module.') for k in state):  # saved from DataParallel
+        state = {k.removeprefix('module.'): v for k, v in state.items()}
+    renamed, dropped, unknown = {}, [], []
+    for key, value in state.items():
+        match = re.fullmatch(r'features\.(\d+)\.(.+)', key)
+        if match and match[1] in STAGES:
+            renamed[f'{STAGES[match[1]]}.{match[2]}'] = value
+        elif HEAD.fullmatch(key):
+            dropped.append(key)
+        else:
+            unknown.append(key)
+    if unknown:
+        raise CheckpointError(
+            f"{where}: unknown keys {', '.join(unknown)}. It is not one of the authors' ResNet "
+            'checkpoints; nothing was converted'
+        )
+    return renamed, dropped
+
+
+def convert(source, out, *, normalisation: str | None = None, px: int = 224) -> dict:
+    """Convert the authors' .pth file into an exported folder and return its config.
+
+    normalisation: 'meta_uscl' (0.18 / 0.24) or 'uscl' (0.5 / 0.25), what the weights were trained with; by
+    default 'uscl' if the file has that older code's `linear` or `fc` head. px: the input size to recommend.
+    Raises CheckpointError if a key is unknown or missing, FileExistsError if out exists and is not empty.
+    """
+    state, dropped = rename(read_pth(source), source)
+    names = {}
+    for architecture in models.ARCHITECTURES.values():
+        with torch.device('meta'):
+            names[architecture] = timm.create_model(architecture, num_classes=0)
+
+    def distance(a):
+        expected = names[a].state_dict()
+        shared = [k for k in state if k in expected]
+        return len(set(expected) ^ set(state)) + sum(state[k].shape != expected[k].shape for k in shared)
+
+    architecture = min(names, key=distance)
+    expected = names[architecture].state_dict()
+    missing, extra = [k for k in expected if k not in state], [k for k in state if k not in expected]
+    if missing or extra:
+        raise CheckpointError(
+            f'{source}: closest to a {architecture}, but '
+            + ' and '.join(
+                [f"lacks {', '.join(missing)}"] * bool(missing)
+                + [f"has unknown {', '.join(extra)}"] * bool(extra)
+            )
+            + ' (in our names). Nothing was converted'
+        )
+    checkpoints.check_for_model(state, names[architecture], where=source)
+    if normalisation is None:
+        normalisation = 'uscl' if any(k.startswith(('linear.', 'fc.')) for k in dropped) else 'meta_uscl'
+    mean, std = NORMALISATION[normalisation]
+    origin = {
+        'meta_uscl': 'https://github.com/Schuture/Meta-USCL',
+        'uscl': 'https://github.com/983632847/USCL',
+    }
+    cfg = models.make_cfg(px, mean, std, origin_url=origin[normalisation], license='other')
+    if normalisation == 'uscl':
+        cfg.update(
+            paper_name='USCL: Pretraining Deep Ultrasound Image Diagnosis Model through Video Contrastive '
+            'Representation Learning',
+            paper_ids='arXiv:2011.13066',
+        )
+    config = {
+        'architecture': architecture,
+        'num_classes': 0,
+        'num_features': names[architecture].num_features,
+        'pretrained_cfg': cfg,
+        'uscl_hub': {
+            'method': normalisation,
+            'converted_from': Path(source).name,
+            'converted_sha256': checkpoints.sha256(source),
+            'dropped': dropped,
+            'version': __version__,
+        },
+    }
+    checkpoints.save_folder(out, state, config, _card(architecture, normalisation, Path(source).name))
+    return config
+
+
+def _card(architecture: str, method: str, name: str) -> str:
+    return f"""---
+library_name: timm
+tags: [image-feature-extraction, timm, ultrasound]
+license: other
+---
+# {architecture} converted from `{name}`
+
+The encoder of the authors' {'Meta-USCL' if method == 'meta_uscl' else 'USCL'} checkpoint, converted with
+`uscl-hub convert`. The projection head was dropped. The authors' terms apply to the weights. Not a medical
+device.
+
+```python
+import timm
+model = timm.create_model('local-dir:FOLDER', pretrained=True, num_classes=0)
+```
+"""

@@ -1,0 +1,242 @@
+"""Find the moving ultrasound image in a clip; crop or blank the static screen furniture around it.
+
+Tissue under a hand-held probe and electronic noise change from frame to frame; a scanner's user interface, burned-in
+text, calipers and borders do not. The temporal variation therefore separates them. Where it does not (a still image,
+a nearly still clip, a filmed screen) the region falls back to what is not black, or to the whole frame: tissue is
+never given up to be rid of text.
+"""
+from dataclasses import dataclass
+from typing import Iterable, Sequence
+
+import numpy as np
+from scipy import ndimage
+
+SAMPLES = 32  # frames looked at, evenly spread over the clip
+_WORKING = 320  # pixels of the longer side of the map on which the region is found
+_FURNITURE = 24  # grey levels from which something static is worth removing
+
+
+@dataclass(frozen=True)
+class Region:
+    """Pixels of rows top:bottom and columns left:right. mask: bool (H, W) of the whole frame, True inside the image
+    area; None if everything in the box belongs to it."""
+    top: int
+    bottom: int
+    left: int
+    right: int
+    mask: np.ndarray | None = None
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        return self.top, self.bottom, self.left, self.right
+
+
+def sample(frames: Sequence[np.ndarray], count: int = SAMPLES) -> np.ndarray:
+    """uint8 (min(T, count), H, W): evenly spread frames, first and last among them."""
+    picks = np.unique(np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int))
+    return np.stack([frames[i] for i in picks])
+
+
+def detect_region(frames: np.ndarray) -> Region:
+    """The image area of a clip, uint8 (T, H, W). Deterministic; the whole frame where it is not sure.
+
+    From the temporal variation for two frames or more, else (or if hardly anything moves) from what is not black.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 3 or not frames.size:
+        raise ValueError(f'detect_region expects uint8 (T, H, W) frames, got {frames.dtype} {frames.shape}')
+    height, width = frames.shape[1:]
+    whole = Region(0, height, 0, width)
+    if min(height, width) < 16:
+        return whole
+    frames = sample(frames)
+    step = -(-max(height, width) // _WORKING)
+    content, level = _shrink(frames, step)
+    area, margin = (_moving_area(level) if len(frames) > 1 else None), 0
+    if area is None:
+        area, margin = _lit_area(content), 1
+    else:
+        area |= _still_tissue(area, content)
+    if area is None:
+        return whole
+    rows, columns = np.flatnonzero(area.any(1)), np.flatnonzero(area.any(0))
+    top, bottom = max(0, rows[0] - margin) * step, min(height, (rows[-1] + 1 + margin) * step)
+    left, right = max(0, columns[0] - margin) * step, min(width, (columns[-1] + 1 + margin) * step)
+    outside = content.copy()
+    outside[top // step:-(-bottom // step), left // step:-(-right // step)] = 0
+    mask = _mask(area, content, step, (height, width), (top, bottom, left, right))
+    if mask is None and outside.max() <= _FURNITURE and (bottom - top) * (right - left) > 0.7 * height * width:
+        return whole  # nothing to be rid of: a shadow at the edge of an image cropped before is not a border
+    return Region(int(top), int(bottom), int(left), int(right), mask)
+
+
+def apply_region(frames: np.ndarray, region: Region, mode: str = 'crop') -> np.ndarray:
+    """frames: uint8 (..., H, W). 'crop': the box alone, black where the box holds static furniture beside the image
+    area; 'blank': the whole frame, black outside the image area; 'none': unchanged."""
+    if mode == 'none':
+        return frames
+    if mode not in ('crop', 'blank'):
+        raise ValueError(f"crop mode {mode!r} is not 'crop', 'blank' or 'none'")
+    box = (..., slice(region.top, region.bottom), slice(region.left, region.right))
+    inside = frames[box] if region.mask is None else frames[box] * region.mask[box[1:]]
+    if mode == 'crop':
+        return inside
+    out = np.zeros_like(frames)
+    out[box] = inside
+    return out
+
+
+def _shrink(frames: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean brightness (h, w) and frames (T, h, w), float32, by blocks of step x step (the last ones may be cut)."""
+    t, height, width = frames.shape
+    h, w = -(-height // step), -(-width // step)
+    padded = np.pad(frames, ((0, 0), (0, h * step - height), (0, w * step - width)), mode='edge')
+    small = padded.reshape(t, h, step, w, step).mean((2, 4), dtype=np.float32)
+    return small.mean(0), small
+
+
+def _moving_area(level: np.ndarray) -> np.ndarray | None:
+    """bool (h, w), or None if too little moves. level: float32 (T, h, w)."""
+    t, h, w = level.shape
+    variation = np.abs(np.diff(level, axis=0)).mean(0) + level.std(0)
+    # echoes vary by several grey levels over a patch, a static screen (98 % of its pixels, in compressed videos of
+    # five makers) by less than 0.6
+    patch = max(3, round(max(h, w) / 64) | 1)
+    smooth = ndimage.uniform_filter(variation, patch)
+    strong = np.percentile(smooth, 98)
+    if strong < 2.0:
+        return None
+    moving = smooth > max(0.8, 0.03 * strong)  # the more that moves, the more a compressed video ripples
+    reach = max(2, round(max(h, w) / 40))
+    moving = ndimage.binary_opening(moving, iterations=1)
+    moving = _closing(moving, reach)
+    labels, count = ndimage.label(moving)
+    if count == 0:
+        return None
+    sizes = np.bincount(labels.ravel())[1:]
+    if sizes.max() < 0.03 * h * w:
+        return None
+    # a clock, a heart-rate trace or a film's progress bar also moves, but is small
+    keep = np.flatnonzero(sizes >= 0.10 * sizes.max()) + 1
+    area = np.isin(labels, keep)
+    return ndimage.binary_fill_holes(area)
+
+
+def _still_tissue(area: np.ndarray, content: np.ndarray) -> np.ndarray:
+    """bool (h, w): lit pieces that touch the convex hull of the moving area and are small beside it, such as the
+    corner of a sector where nothing happens. A panel of the user interface is large, a line or a word thin."""
+    hull = _hull(area)
+    beside = ndimage.binary_opening(content > 12, iterations=2) & ~hull
+    labels, count = ndimage.label(beside)
+    if count == 0:
+        return beside
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)
+    touching = np.unique(labels[ndimage.binary_dilation(hull, iterations=2)])
+    small = [piece for piece in touching if piece and sizes[piece] <= 0.06 * hull.sum()]
+    return np.isin(labels, small)
+
+
+def _lit_area(content: np.ndarray) -> np.ndarray | None:
+    """bool (h, w) of the largest area that is not black, or None if it is unclear. content: mean brightness (h, w)."""
+    h, w = content.shape
+    lit = content > 8
+    lit = ndimage.binary_opening(lit, iterations=2)  # letters and lines are thin
+    lit = _closing(lit, max(2, round(max(h, w) / 40)))
+    labels, count = ndimage.label(lit)
+    if count == 0:
+        return None
+    sizes = np.bincount(labels.ravel())[1:]
+    if sizes.max() < 0.10 * h * w:
+        return None
+    keep = np.flatnonzero(sizes >= 0.10 * sizes.max()) + 1
+    return ndimage.binary_fill_holes(np.isin(labels, keep))
+
+
+def _closing(mask: np.ndarray, reach: int) -> np.ndarray:
+    """Binary closing with a disc, by distances; the frame's border counts as outside only after the fact."""
+    padded = np.pad(mask, reach + 1)
+    grown = ndimage.distance_transform_edt(~padded) <= reach
+    return (ndimage.distance_transform_edt(grown) > reach)[reach + 1:-reach - 1, reach + 1:-reach - 1] | mask
+
+
+def _mask(area, content, step, shape, box) -> np.ndarray | None:
+    """The convex hull of the area, if something bright lies in the box but outside of it."""
+    hull = _hull(ndimage.binary_dilation(area, iterations=2))
+    top, bottom, left, right = (x // step for x in (box[0], box[1] + step - 1, box[2], box[3] + step - 1))
+    outside = ~hull[top:bottom, left:right]
+    if not (content[top:bottom, left:right][outside] > _FURNITURE).any():
+        return None
+    return np.repeat(np.repeat(hull, step, 0), step, 1)[:shape[0], :shape[1]]
+
+
+def _hull(area: np.ndarray) -> np.ndarray:
+    """Filled convex hull of a bool (h, w) map."""
+    from scipy.spatial import ConvexHull, QhullError
+    rows = np.flatnonzero(area.any(1))
+    first = area[rows].argmax(1)
+    last = area.shape[1] - 1 - area[rows, ::-1].argmax(1)
+    points = np.concatenate([np.stack([rows, first], 1), np.stack([rows, last], 1)])
+    try:
+        equations = ConvexHull(points).equations
+    except QhullError:  # a line or a point
+        return area
+    y, x = np.indices(area.shape)
+    inside = np.ones(area.shape, bool)
+    for a, b, c in equations:
+        inside &= a * y + b * x + c <= 0.5
+    return inside
+
+
+def burned_in_text_suspected(frames: np.ndarray) -> bool:
+    """Whether static, sharp, letter-sized bright marks stand in lines in uint8 (T, H, W) frames.
+
+    A warning sign, not a proof: text over moving tissue, or in a one-frame clip, can be missed, and markers of a
+    scanner reported. Give it cropped frames at full resolution, before the resize.
+    """
+    frames = sample(frames, 16)
+    height, width = frames.shape[1:]
+    if min(height, width) < 24:
+        return False
+    low, high = frames.min(0), frames.max(0)
+    tophat = ndimage.white_tophat(low, size=(9, 9)).astype(np.float32)  # strokes, in the darkest moment
+    limit = 70 if len(frames) > 1 else 110
+    strokes = (tophat > limit) & (high.astype(int) - low < (24 if len(frames) > 1 else 256))
+    labels, count = ndimage.label(strokes, np.ones((3, 3)))
+    if count < 3 or count > 5000:
+        return False
+    boxes = [(s[0].start, s[0].stop, s[1].start, s[1].stop) for s in ndimage.find_objects(labels)]
+    sizes = np.bincount(labels.ravel())[1:]
+    tall = max(30, height // 10)
+    letters = [b for b, n in zip(boxes, sizes) if 5 <= b[1] - b[0] <= tall and 1 <= b[3] - b[2] <= 2 * tall and n >= 5]
+    letters.sort(key=lambda b: b[2])
+    for start in letters:  # letters of about one height, one line, close together
+        size, run, end = start[1] - start[0], 1, start[3]
+        for other in letters:
+            if (0 <= other[2] - end <= 1.5 * size and abs(other[1] - start[1]) <= 0.35 * size
+                    and 0.5 * size <= other[1] - other[0] <= 1.6 * size):
+                run, end = run + 1, other[3]
+        if run >= 4:
+            return True
+    return False
+
+
+def before_after_sheet(clips: Iterable[tuple[str, np.ndarray, Region, np.ndarray]], path, columns: int = 4):
+    """PNG of clip id, a frame uint8 (H, W), its region, and the frame after the crop, side by side."""
+    from PIL import Image, ImageDraw
+    side, tiles = 160, []
+    for name, frame, region, after in clips:
+        tile = Image.new('RGB', (2 * side + 6, side + 14), (30, 30, 30))
+        before = Image.fromarray(frame).convert('RGB')
+        ImageDraw.Draw(before).rectangle((region.left, region.top, region.right - 1, region.bottom - 1),
+                                         outline=(255, 200, 0), width=max(1, max(before.size) // 150))
+        for x, picture in ((0, before), (side + 3, Image.fromarray(np.ascontiguousarray(after)))):
+            picture.thumbnail((side, side))
+            tile.paste(picture, (x, 12))
+        ImageDraw.Draw(tile).text((2, 0), name[-52:], fill=(220, 220, 220))
+        tiles.append(tile)
+    if not tiles:
+        return
+    rows = -(-len(tiles) // columns)
+    sheet = Image.new('RGB', (columns * tiles[0].width, rows * tiles[0].height))
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (i % columns * tile.width, i // columns * tile.height))
+    sheet.save(path)

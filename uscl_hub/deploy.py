@@ -1,0 +1,107 @@
+"""A backbone as ONNX or torch.export file, checked against eager PyTorch before it gets its name."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import models
+from .checkpoints import CheckpointError
+from .load import load_meta_uscl_backbone
+from .preprocess import create_transform
+
+TOLERANCE = 1e-4  # of the largest feature, relative
+
+
+def export(
+    what: str, output, *, format: str, name: str = 'meta_uscl_resnet18', revision=None, frames=None
+) -> dict:
+    """Write the backbone `what` (as for load_meta_uscl_backbone; or a model name) to a file with a dynamic
+    batch.
+
+    format: 'onnx' or 'torch-export'. frames: an image, video, DICOM file or folder to check on, by default
+    synthetic speckle. Returns the largest difference from eager. Raises CheckpointError, leaving no file, if it
+    is too large.
+    """
+    output = Path(output)
+    architecture = what.split('.')[0]
+    if architecture in models.ARCHITECTURES:
+        name, what = architecture, (None if what == architecture else what)
+    model = load_meta_uscl_backbone(name, checkpoint=what, revision=revision)
+    batch, source = _batch(create_transform(model), frames)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f'.{os.getpid()}.{output.name}')
+    dynamic = {'x': {0: torch.export.Dim('batch', min=1, max=65536)}}
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                model, (batch[:2],), dynamic_shapes=dynamic
+            )  # of 1 it would be a constant
+            if format == 'onnx':
+                run = _onnx(program, temporary)
+            else:
+                with open(temporary, 'wb') as f:
+                    torch.export.save(program, f)
+                with open(temporary, 'rb') as f:
+                    run = torch.export.load(f).module()
+            difference, scale = 0.0, 1e-12
+            for n in (len(batch), 1):
+                want = model(batch[:n])
+                difference = max(difference, float((torch.as_tensor(run(batch[:n])) - want).abs().max()))
+                scale = max(scale, float(want.abs().max()))
+        if not difference <= TOLERANCE * scale:
+            raise CheckpointError(
+                f'{output}: the {format} file differs from PyTorch by {difference:g}; it was not kept'
+            )
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {
+        'output': str(output),
+        'format': format,
+        'max_difference': difference,
+        'frames': len(batch),
+        'source': source,
+        'input': ['batch', *batch.shape[1:]],
+    }
+
+
+def _onnx(program, path: Path):
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch.onnx needs it)
+    except ImportError as error:
+        raise ImportError(
+            "ONNX needs onnx, onnxscript and onnxruntime: pip install 'uscl-hub[export]'"
+        ) from error
+    torch.onnx.export(
+        program,
+        (),
+        str(path),
+        dynamo=True,
+        external_data=False,
+        input_names=['image'],
+        output_names=['features'],
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    return lambda x: session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+
+
+def _batch(transform, frames) -> tuple[torch.Tensor, str]:
+    """At least 2 preprocessed frames, and what they are."""
+    if frames is None:
+        noise = np.random.default_rng(0).rayleigh(40, (4, 96, 128)).clip(0, 255).astype(np.uint8)
+        return torch.stack([transform(frame) for frame in noise]), 'synthetic'
+    from .media import UnreadableClip, decode, find_clips
+
+    taken = []
+    for clip in find_clips([frames])[:8]:
+        try:
+            taken += [transform(frame) for frame in decode(clip, max_frames=4)[0]]
+        except UnreadableClip as error:
+            raise ValueError(str(error)) from error
+    if not taken:
+        raise ValueError(f'{frames}: no image, video or DICOM file')
+    return torch.stack(taken if len(taken) > 1 else taken * 2), 'real'
