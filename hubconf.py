@@ -1,7 +1,7 @@
 """Entry points for torch.hub. Everything else here is private, because torch.hub lists every public "
 "callable."""
 
-dependencies = ['torch', 'torchvision', 'timm', 'huggingface_hub', 'safetensors', 'PIL', 'numpy']
+dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors", "PIL", "numpy"]
 
 
 def _package():
@@ -18,15 +18,15 @@ def _package():
         import uscl_hub
     finally:
         sys.path.remove(here)
-    with open(os.path.join(here, 'uscl_hub', '__init__.py'), encoding='utf-8') as f:
+    with open(os.path.join(here, "uscl_hub", "__init__.py"), encoding="utf-8") as f:
         version = re.search(r"^__version__ = '(.+)'", f.read(), re.MULTILINE)[1]
     if uscl_hub.__version__ != version:
         warnings.warn(
-            f'uscl_hub {uscl_hub.__version__} was already imported from '
-            f'{os.path.dirname(uscl_hub.__file__)} and is '
-            f'used instead of version {version} in {here}. To use the latter, load from it before '
-            'importing uscl_hub, '
-            'or install it',
+            f"uscl_hub {uscl_hub.__version__} was already imported from "
+            f"{os.path.dirname(uscl_hub.__file__)} and is "
+            f"used instead of version {version} in {here}. To use the latter, load from it before "
+            "importing uscl_hub, "
+            "or install it",
             stacklevel=3,
         )
     return uscl_hub
@@ -40,7 +40,7 @@ def meta_uscl_resnet18(pretrained=True, **kwargs):
     in_chans, num_classes, features_only, cache_dir, as for uscl_hub.load_meta_uscl_backbone.
     Returns an nn.Module in eval mode.
     """
-    return _package().load_meta_uscl_backbone('meta_uscl_resnet18', pretrained=pretrained, **kwargs)
+    return _package().load_meta_uscl_backbone("meta_uscl_resnet18", pretrained=pretrained, **kwargs)
 
 
 def meta_uscl_resnet34(pretrained=True, **kwargs):
@@ -48,7 +48,7 @@ def meta_uscl_resnet34(pretrained=True, **kwargs):
 
     Arguments as for meta_uscl_resnet18.
     """
-    return _package().load_meta_uscl_backbone('meta_uscl_resnet34', pretrained=pretrained, **kwargs)
+    return _package().load_meta_uscl_backbone("meta_uscl_resnet34", pretrained=pretrained, **kwargs)
 
 
 def meta_uscl_resnet50(pretrained=True, **kwargs):
@@ -56,10 +56,10 @@ def meta_uscl_resnet50(pretrained=True, **kwargs):
 
     Arguments as for meta_uscl_resnet18.
     """
-    return _package().load_meta_uscl_backbone('meta_uscl_resnet50', pretrained=pretrained, **kwargs)
+    return _package().load_meta_uscl_backbone("meta_uscl_resnet50", pretrained=pretrained, **kwargs)
 
 
-def meta_uscl_backbone(name='meta_uscl_resnet18', **kwargs):
+def meta_uscl_backbone(name="meta_uscl_resnet18", **kwargs):
     """A Meta-USCL backbone and its preprocessing: returns (model, transform).
 
     name (str): meta_uscl_resnet18, meta_uscl_resnet34 or meta_uscl_resnet50.

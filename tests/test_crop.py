@@ -8,17 +8,17 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
 from training.simulate import simulate_clip
-from uscl_hub.crop import (Region, apply_region, before_after_sheet, burned_in_text_suspected, detect_region, sample)
+from uscl_hub.crop import Region, apply_region, before_after_sheet, burned_in_text_suspected, detect_region, sample
 from uscl_hub.media import decode, find_clips
 
-DATA = Path(os.environ.get('USCL_DATA', Path(__file__).resolve().parents[2] / 'shared' / 'data'))
+DATA = Path(os.environ.get("USCL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
-def screen(movie, top, left, height, width, text='JANE DOE 1970', at=(4, 4), background=0):
-    canvas = Image.new('L', (width, height), background)
+def screen(movie, top, left, height, width, text="JANE DOE 1970", at=(4, 4), background=0):
+    canvas = Image.new("L", (width, height), background)
     ImageDraw.Draw(canvas).text(at, text, fill=240, font=ImageFont.load_default(16))
     framed = np.repeat(np.asarray(canvas)[None], len(movie), 0)
-    framed[:, top:top + movie.shape[1], left:left + movie.shape[2]] = movie
+    framed[:, top : top + movie.shape[1], left : left + movie.shape[2]] = movie
     return framed
 
 
@@ -26,7 +26,7 @@ def speckle(t=16, h=160, w=200, seed=0):
     return np.random.default_rng(seed).integers(30, 160, (t, h, w)).astype(np.uint8)
 
 
-@pytest.mark.parametrize('background', [0, 45])
+@pytest.mark.parametrize("background", [0, 45])
 def test_moving_area_is_found_and_text_is_left_out(background):
     framed = screen(speckle(), 60, 90, 280, 360, background=background)
     region = detect_region(framed)
@@ -37,25 +37,25 @@ def test_moving_area_is_found_and_text_is_left_out(background):
 
 
 def test_text_beside_a_sector_inside_its_box_is_blanked():
-    movie = simulate_clip('lesion', 16, 192, seed=1, subject=1)
+    movie = simulate_clip("lesion", 16, 192, seed=1, subject=1)
     if not (movie[:, :8, :8] == 0).all():
-        pytest.skip('not a sector')
-    framed = screen(movie, 0, 0, 192, 192, 'DOE', at=(2, 2))
+        pytest.skip("not a sector")
+    framed = screen(movie, 0, 0, 192, 192, "DOE", at=(2, 2))
     region = detect_region(framed)
-    after = apply_region(framed, region, 'crop')
-    assert framed[:, 2:20, 2:30].max() > 200 and apply_region(framed, region, 'blank')[:, 2:20, 2:30].max() == 0
+    after = apply_region(framed, region, "crop")
+    assert framed[:, 2:20, 2:30].max() > 200 and apply_region(framed, region, "blank")[:, 2:20, 2:30].max() == 0
     assert after.sum() >= 0.98 * movie.sum()  # and hardly any tissue
 
 
 def test_blank_keeps_the_size():
     framed = screen(speckle(), 60, 90, 280, 360)
     region = detect_region(framed)
-    blank = apply_region(framed, region, 'blank')
+    blank = apply_region(framed, region, "blank")
     assert blank.shape == framed.shape
     assert blank[:, :40].max() == 0 and np.array_equal(blank[:, 60:220, 90:290], framed[:, 60:220, 90:290])
-    assert apply_region(framed, region, 'none') is framed
-    with pytest.raises(ValueError, match='cut'):
-        apply_region(framed, region, 'cut')
+    assert apply_region(framed, region, "none") is framed
+    with pytest.raises(ValueError, match="cut"):
+        apply_region(framed, region, "cut")
 
 
 def test_a_small_moving_clock_does_not_count():
@@ -72,9 +72,18 @@ def test_two_views_side_by_side_are_both_kept():
     assert region.left <= 10 and region.right >= 330
 
 
-@pytest.mark.parametrize('frames', [
-    np.zeros((8, 64, 64), np.uint8), np.full((8, 64, 64), 90, np.uint8), np.zeros((1, 64, 64), np.uint8),
-    speckle(8, 64, 64), speckle(1, 64, 64), speckle(3, 8, 8), speckle(2, 2, 300)])
+@pytest.mark.parametrize(
+    "frames",
+    [
+        np.zeros((8, 64, 64), np.uint8),
+        np.full((8, 64, 64), 90, np.uint8),
+        np.zeros((1, 64, 64), np.uint8),
+        speckle(8, 64, 64),
+        speckle(1, 64, 64),
+        speckle(3, 8, 8),
+        speckle(2, 2, 300),
+    ],
+)
 def test_whole_frame_when_unsure(frames):
     region = detect_region(frames)
     assert region.box == (0, frames.shape[1], 0, frames.shape[2])
@@ -90,7 +99,7 @@ def test_still_image_loses_its_black_border_only():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 70), st.integers(1, 70), st.integers(0, 9), st.sampled_from(['crop', 'blank']))
+@given(st.integers(1, 5), st.integers(1, 70), st.integers(1, 70), st.integers(0, 9), st.sampled_from(["crop", "blank"]))
 def test_any_shape(t, h, w, seed, mode):
     frames = (np.random.default_rng(seed).random((t, h, w)) ** 3 * 255).astype(np.uint8)
     region = detect_region(frames)
@@ -100,9 +109,9 @@ def test_any_shape(t, h, w, seed, mode):
 
 
 def test_wrong_input():
-    with pytest.raises(ValueError, match='float'):
+    with pytest.raises(ValueError, match="float"):
         detect_region(np.zeros((2, 32, 32)))
-    with pytest.raises(ValueError, match=r'\(32, 32\)'):
+    with pytest.raises(ValueError, match=r"\(32, 32\)"):
         detect_region(np.zeros((32, 32), np.uint8))
 
 
@@ -114,24 +123,27 @@ def test_sample_is_even_with_both_ends():
 def test_sheet(tmp_path):
     frame = speckle(1)[0]
     region = Region(10, 100, 20, 150)
-    before_after_sheet([('a/b.mp4', frame, region, apply_region(frame, region))] * 5, tmp_path / 'sheet.png', columns=2)
-    assert Image.open(tmp_path / 'sheet.png').size[0] > 600
+    before_after_sheet([("a/b.mp4", frame, region, apply_region(frame, region))] * 5, tmp_path / "sheet.png", columns=2)
+    assert Image.open(tmp_path / "sheet.png").size[0] > 600
 
 
 def test_speckle_is_not_text():
-    suspected = [burned_in_text_suspected(simulate_clip(kind, 8, 192, seed=s, subject=s))
-                 for kind in ('lung', 'muscle') for s in range(3)]
+    suspected = [
+        burned_in_text_suspected(simulate_clip(kind, 8, 192, seed=s, subject=s))
+        for kind in ("lung", "muscle")
+        for s in range(3)
+    ]
     assert sum(suspected) == 0
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason='needs the real data')
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data")
 def test_real_clips():
     """Boxes read off the pictures by eye, with some slack: the image area is inside, most of the interface is not."""
-    clips = {clip.files[0].name: clip for clip in find_clips([DATA / 'pretrain'])}
+    clips = {clip.files[0].name: clip for clip in find_clips([DATA / "pretrain"])}
     for name, inner, outer in [
-        ('p6_isokinetic120_01_push_01.mp4', (60, 600, 215, 930), (20, 624, 180, 970)),
-        ('sonosite-anon-eye1-video.mp4', (60, 600, 400, 710), (20, 665, 370, 740)),
-        ('patient_10_L1.mp4', (10, 340, 10, 340), (0, 350, 0, 350)),
+        ("p6_isokinetic120_01_push_01.mp4", (60, 600, 215, 930), (20, 624, 180, 970)),
+        ("sonosite-anon-eye1-video.mp4", (60, 600, 400, 710), (20, 665, 370, 740)),
+        ("patient_10_L1.mp4", (10, 340, 10, 340), (0, 350, 0, 350)),
     ]:
         frames, _ = decode(clips[name], max_frames=60)
         top, bottom, left, right = detect_region(frames).box

@@ -1,5 +1,6 @@
 """Broken, renamed and hostile files: a clear reason for each, everything else processed, nothing of a patient's name
 anywhere."""
+
 import json
 import os
 import struct
@@ -11,35 +12,40 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_media import dicom, movie, one, write
 
 from training.cache import CacheError, ingest
 from training.simulate import simulate_clip, write_video
 from uscl_hub import media
 from uscl_hub.media import Clip, UnreadableClip, decode, find_clips
 
-from test_media import dicom, movie, one, write
-
-FUZZ = int(os.environ.get('USCL_FUZZ', 400))  # mutated files; the documented run takes 10,000
+FUZZ = int(os.environ.get("USCL_FUZZ", 400))  # mutated files; the documented run takes 10,000
 
 
 def reason(path):
     with pytest.raises(UnreadableClip) as caught:
         decode(one(path))
-    assert str(path) in str(caught.value) and '\n' not in caught.value.reason
+    assert str(path) in str(caught.value) and "\n" not in caught.value.reason
     return caught.value.reason
 
 
 def png_header(path, width, height):
     """A valid png whose header claims a size that its data does not have."""
+
     def chunk(kind, data):
-        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-    path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0))
-                     + chunk(b'IDAT', zlib.compress(bytes(100))) + chunk(b'IEND', b''))
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(bytes(100)))
+        + chunk(b"IEND", b"")
+    )
     return path
 
 
-@pytest.mark.parametrize('name', ['a.mp4', 'a.avi', 'a.mov', 'a.mpeg', 'a.webm', 'a.gif', 'a.png', 'a.jpg', 'a.dcm'])
-@pytest.mark.parametrize('content', [b'', b'\0' * 5000, b'#EXTM3U\nhttp://127.0.0.1:9/x.ts\n', bytes(range(256)) * 20])
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.mov", "a.mpeg", "a.webm", "a.gif", "a.png", "a.jpg", "a.dcm"])
+@pytest.mark.parametrize("content", [b"", b"\0" * 5000, b"#EXTM3U\nhttp://127.0.0.1:9/x.ts\n", bytes(range(256)) * 20])
 def test_not_what_its_name_says(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
@@ -47,115 +53,129 @@ def test_not_what_its_name_says(tmp_path, name, content):
 
 
 def test_renamed_files(tmp_path):
-    video = write(tmp_path / 'a.mp4', movie(), 'mpeg4')
-    Image.fromarray(movie()[0]).save(tmp_path / 'b.png')
-    dicom(tmp_path / 'c.dcm', movie())
-    for source, name in ((video, 'd.png'), (video, 'd.dcm'), (tmp_path / 'b.png', 'e.dcm'), (tmp_path / 'c.dcm', 'f.mp4'),
-                         (tmp_path / 'b.png', 'g.mp4'), (tmp_path / 'c.dcm', 'h.jpg')):
+    video = write(tmp_path / "a.mp4", movie(), "mpeg4")
+    Image.fromarray(movie()[0]).save(tmp_path / "b.png")
+    dicom(tmp_path / "c.dcm", movie())
+    for source, name in (
+        (video, "d.png"),
+        (video, "d.dcm"),
+        (tmp_path / "b.png", "e.dcm"),
+        (tmp_path / "c.dcm", "f.mp4"),
+        (tmp_path / "b.png", "g.mp4"),
+        (tmp_path / "c.dcm", "h.jpg"),
+    ):
         (tmp_path / name).write_bytes(source.read_bytes())
         assert reason(tmp_path / name)
-    (tmp_path / 'i.avi').write_bytes(video.read_bytes())  # another container's name does no harm
-    assert decode(one(tmp_path / 'i.avi'))[0].shape == (6, 48, 64)
+    (tmp_path / "i.avi").write_bytes(video.read_bytes())  # another container's name does no harm
+    assert decode(one(tmp_path / "i.avi"))[0].shape == (6, 48, 64)
 
 
 def test_a_playlist_cannot_read_other_files(tmp_path):
-    secret = write(tmp_path / 'secret.mp4', movie(), 'mpeg4')
-    for name, text in (('a.mp4', f'ffconcat version 1.0\nfile {secret}\n'),
-                       ('b.mp4', f'#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{secret}\n#EXT-X-ENDLIST\n')):
+    secret = write(tmp_path / "secret.mp4", movie(), "mpeg4")
+    for name, text in (
+        ("a.mp4", f"ffconcat version 1.0\nfile {secret}\n"),
+        ("b.mp4", f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{secret}\n#EXT-X-ENDLIST\n"),
+    ):
         (tmp_path / name).write_text(text)
         assert reason(tmp_path / name)
 
 
 def test_too_large_and_too_small(tmp_path):
-    assert '8000 x 6000' in reason(png_header(tmp_path / 'a.png', 8000, 6000))
-    assert 'limit' in reason(png_header(tmp_path / 'b.png', 60000, 60000))
-    Image.new('L', (1, 1)).save(tmp_path / 'c.png')
-    assert 'too small' in reason(tmp_path / 'c.png')
-    assert reason(png_header(tmp_path / 'd.png', 100, 100))
+    assert "8000 x 6000" in reason(png_header(tmp_path / "a.png", 8000, 6000))
+    assert "limit" in reason(png_header(tmp_path / "b.png", 60000, 60000))
+    Image.new("L", (1, 1)).save(tmp_path / "c.png")
+    assert "too small" in reason(tmp_path / "c.png")
+    assert reason(png_header(tmp_path / "d.png", 100, 100))
 
 
 def test_dicom_claims(tmp_path):
     import pydicom
-    path = dicom(tmp_path / 'a.dcm', movie())
-    for tags, text in (({'Rows': 60000, 'Columns': 60000}, 'limit'), ({'NumberOfFrames': 10**8}, 'claims 100000000'),
-                       ({'NumberOfFrames': 50}, 'cannot be decoded'), ({'Rows': 0}, 'too small'),
-                       ({'BitsAllocated': 16}, 'cannot be decoded')):
+
+    path = dicom(tmp_path / "a.dcm", movie())
+    for tags, text in (
+        ({"Rows": 60000, "Columns": 60000}, "limit"),
+        ({"NumberOfFrames": 10**8}, "claims 100000000"),
+        ({"NumberOfFrames": 50}, "cannot be decoded"),
+        ({"Rows": 0}, "too small"),
+        ({"BitsAllocated": 16}, "cannot be decoded"),
+    ):
         data = pydicom.dcmread(path)
         for key, value in tags.items():
             setattr(data, key, value)
-        data.save_as(tmp_path / 'b.dcm')
-        assert text in reason(tmp_path / 'b.dcm')
+        data.save_as(tmp_path / "b.dcm")
+        assert text in reason(tmp_path / "b.dcm")
     data = pydicom.dcmread(path)
     del data.PixelData
-    data.save_as(tmp_path / 'c.dcm')
-    assert 'without pixel data' in reason(tmp_path / 'c.dcm')
+    data.save_as(tmp_path / "c.dcm")
+    assert "without pixel data" in reason(tmp_path / "c.dcm")
 
 
 def test_limits_on_frames_and_bytes(tmp_path, monkeypatch):
-    path = write(tmp_path / 'a.mp4', movie(), 'mpeg4')
-    monkeypatch.setattr(media, 'MAX_BYTES', 4 * 48 * 64)
-    assert 'decoded frames' in reason(path)
+    path = write(tmp_path / "a.mp4", movie(), "mpeg4")
+    monkeypatch.setattr(media, "MAX_BYTES", 4 * 48 * 64)
+    assert "decoded frames" in reason(path)
     assert len(decode(one(path), max_frames=3)[0]) == 3
-    monkeypatch.setattr(media, 'MAX_FRAMES', 3)
-    assert 'more than 3 frames' in reason(path)
+    monkeypatch.setattr(media, "MAX_FRAMES", 3)
+    assert "more than 3 frames" in reason(path)
 
 
 def test_truncated_video(tmp_path):
-    path = write(tmp_path / 'a.mp4', movie(), 'mpeg4')
+    path = write(tmp_path / "a.mp4", movie(), "mpeg4")
     path.write_bytes(path.read_bytes()[:-300])
     assert reason(path)
-    path = write(tmp_path / 'b.avi', movie(), 'ffv1', pix_fmt='gray')
-    path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2])
-    with pytest.warns(UserWarning, match='header says') if _readable(path) else pytest.raises(UnreadableClip):
+    path = write(tmp_path / "b.avi", movie(), "ffv1", pix_fmt="gray")
+    path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
+    with pytest.warns(UserWarning, match="header says") if _readable(path) else pytest.raises(UnreadableClip):
         decode(one(path))
 
 
 def _readable(path):
     import warnings
+
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+        warnings.simplefilter("ignore")
         try:
             return bool(len(decode(one(path))[0]))
         except UnreadableClip:
             return False
 
 
-@pytest.mark.parametrize('mode', ['L', 'RGB', 'RGBA', 'P', 'CMYK', '1', 'LA', 'I;16', 'YCbCr'])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "1", "LA", "I;16", "YCbCr"])
 def test_any_image_mode(tmp_path, mode):
     grey = Image.fromarray(movie()[0])
-    if mode == 'I;16':
+    if mode == "I;16":
         image = Image.fromarray(movie()[0].astype(np.uint16) * 257)
     else:
-        image = grey.quantize(256) if mode == 'P' else grey.convert('RGB').convert(mode)
-    image.save(tmp_path / 'a.tif')
-    frames, _ = decode(one(tmp_path / 'a.tif'))
+        image = grey.quantize(256) if mode == "P" else grey.convert("RGB").convert(mode)
+    image.save(tmp_path / "a.tif")
+    frames, _ = decode(one(tmp_path / "a.tif"))
     assert frames.shape == (1, 48, 64)
-    if mode != '1':
+    if mode != "1":
         assert np.abs(frames[0].astype(int) - movie()[0]).max() <= 8
 
 
 def test_nan_image(tmp_path):
-    Image.fromarray(np.full((20, 20), np.nan, np.float32)).save(tmp_path / 'a.tif')
-    assert 'NaN' in reason(tmp_path / 'a.tif')
+    Image.fromarray(np.full((20, 20), np.nan, np.float32)).save(tmp_path / "a.tif")
+    assert "NaN" in reason(tmp_path / "a.tif")
 
 
 def test_variable_size_gif(tmp_path):
-    a, b = Image.new('P', (40, 30), 1), Image.new('P', (20, 10), 2)
-    a.save(tmp_path / 'a.gif', save_all=True, append_images=[b], duration=0)
-    frames, fps = decode(one(tmp_path / 'a.gif'))
+    a, b = Image.new("P", (40, 30), 1), Image.new("P", (20, 10), 2)
+    a.save(tmp_path / "a.gif", save_all=True, append_images=[b], duration=0)
+    frames, fps = decode(one(tmp_path / "a.gif"))
     assert frames.shape[1:] == (30, 40) and fps is None
 
 
 def test_one_bad_frame_in_a_folder_names_the_file(tmp_path):
     for i in range(4):
-        Image.new('L', (20, 16), i).save(tmp_path / f'{i}.png')
-    (tmp_path / '2.png').write_bytes(b'broken')
-    with pytest.raises(UnreadableClip, match=r'2\.png'):
+        Image.new("L", (20, 16), i).save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_bytes(b"broken")
+    with pytest.raises(UnreadableClip, match=r"2\.png"):
         decode(one(tmp_path))
 
 
 def test_odd_names(tmp_path):
-    for name in ('http:x.mp4', 'concat:a|b.mp4', '-i.mp4', 'ü%d é.mp4', "a'b\n.mp4", 'pipe:0.mp4'):
+    for name in ("http:x.mp4", "concat:a|b.mp4", "-i.mp4", "ü%d é.mp4", "a'b\n.mp4", "pipe:0.mp4"):
         write_video(tmp_path / name, movie())
     clips = find_clips([tmp_path])
     assert len(clips) == 6
@@ -163,82 +183,92 @@ def test_odd_names(tmp_path):
 
 
 def test_vanished_and_forbidden(tmp_path):
-    clip = Clip('x/a.png', 'x', 'image', (tmp_path / 'a.png',))
-    with pytest.raises(UnreadableClip, match='FileNotFound|No such file'):
+    clip = Clip("x/a.png", "x", "image", (tmp_path / "a.png",))
+    with pytest.raises(UnreadableClip, match="FileNotFound|No such file"):
         decode(clip)
-    (tmp_path / 'dangling.mp4').symlink_to(tmp_path / 'nowhere')
-    os.mkfifo(tmp_path / 'pipe.mp4')  # would block for ever
+    (tmp_path / "dangling.mp4").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.mp4")  # would block for ever
     assert find_clips([tmp_path]) == []
 
 
 def test_ingest_goes_on_and_no_name_is_written(tmp_path, capfd):
-    data = tmp_path / 'data'
+    data = tmp_path / "data"
     data.mkdir()
-    write_video(data / 'good.mp4', simulate_clip('lung', 5, 48, seed=0))
-    dicom(data / 'good.dcm', movie(), PatientBirthDate='19700101', InstitutionName='PLANTED HOSPITAL',
-          ImageComments='PLANTED COMMENT')
-    whole = (data / 'good.dcm').read_bytes()
-    (data / 'cut.dcm').write_bytes(whole[:len(whole) // 2])
-    (data / 'cut2.dcm').write_bytes(whole[:300])
-    (data / 'odd.dcm').write_bytes(whole.replace(b'MONOCHROME2', b'PLANTED\xffPHO'))
-    png_header(data / 'bomb.png', 50000, 50000)
-    (data / 'empty.gif').write_bytes(b'')
-    cache = ingest([data], tmp_path / 'out', size=32, workers=1, sheets=True)
-    assert cache.ids == ['data/good.dcm', 'data/good.mp4']
-    written = json.loads((cache.path / 'report.json').read_text())
-    assert len(written['unreadable']) == 5
-    for path in (tmp_path / 'out').rglob('*'):
-        assert not path.name.endswith('.part')
+    write_video(data / "good.mp4", simulate_clip("lung", 5, 48, seed=0))
+    dicom(
+        data / "good.dcm",
+        movie(),
+        PatientBirthDate="19700101",
+        InstitutionName="PLANTED HOSPITAL",
+        ImageComments="PLANTED COMMENT",
+    )
+    whole = (data / "good.dcm").read_bytes()
+    (data / "cut.dcm").write_bytes(whole[: len(whole) // 2])
+    (data / "cut2.dcm").write_bytes(whole[:300])
+    (data / "odd.dcm").write_bytes(whole.replace(b"MONOCHROME2", b"PLANTED\xffPHO"))
+    png_header(data / "bomb.png", 50000, 50000)
+    (data / "empty.gif").write_bytes(b"")
+    cache = ingest([data], tmp_path / "out", size=32, workers=1, sheets=True)
+    assert cache.ids == ["data/good.dcm", "data/good.mp4"]
+    written = json.loads((cache.path / "report.json").read_text())
+    assert len(written["unreadable"]) == 5
+    for path in (tmp_path / "out").rglob("*"):
+        assert not path.name.endswith(".part")
         if path.is_file():
-            assert b'PLANTED' not in path.read_bytes() and b'19700101' not in path.read_bytes(), path
-    assert 'PLANTED' not in ''.join(capfd.readouterr())
+            assert b"PLANTED" not in path.read_bytes() and b"19700101" not in path.read_bytes(), path
+    assert "PLANTED" not in "".join(capfd.readouterr())
 
 
 def test_nothing_readable_fails(tmp_path):
-    (tmp_path / 'data').mkdir()
-    (tmp_path / 'data' / 'a.mp4').write_bytes(b'x')
-    with pytest.raises(CacheError, match=r'0 readable clips .*\n.*data/a\.mp4: '):
-        ingest([tmp_path / 'data'], tmp_path / 'out', size=32, workers=0, progress=False)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.mp4").write_bytes(b"x")
+    with pytest.raises(CacheError, match=r"0 readable clips .*\n.*data/a\.mp4: "):
+        ingest([tmp_path / "data"], tmp_path / "out", size=32, workers=0, progress=False)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def seeds(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('seeds')
-    write(folder / 'a.mp4', movie(4), 'mpeg4')
-    write(folder / 'a.avi', movie(4), 'mpeg4')
-    write(folder / 'a.mpeg', movie(4), 'mpeg2video')
+    folder = tmp_path_factory.mktemp("seeds")
+    write(folder / "a.mp4", movie(4), "mpeg4")
+    write(folder / "a.avi", movie(4), "mpeg4")
+    write(folder / "a.mpeg", movie(4), "mpeg2video")
     pictures = [Image.fromarray(f) for f in movie(4)]
-    pictures[0].save(folder / 'a.gif', save_all=True, append_images=pictures[1:])
-    pictures[0].save(folder / 'a.png')
-    pictures[0].save(folder / 'a.jpg')
-    pictures[0].save(folder / 'a.tif')
-    dicom(folder / 'a.dcm', movie(4))
+    pictures[0].save(folder / "a.gif", save_all=True, append_images=pictures[1:])
+    pictures[0].save(folder / "a.png")
+    pictures[0].save(folder / "a.jpg")
+    pictures[0].save(folder / "a.tif")
+    dicom(folder / "a.dcm", movie(4))
     return sorted(folder.iterdir())
 
 
-@settings(max_examples=FUZZ, deadline=None, database=None,
-          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=FUZZ,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(data=st.data())
 def test_mutated_files(seeds, tmp_path, data):
     """Bytes changed, cut or repeated: frames of a sensible shape, or UnreadableClip; nothing else."""
     import warnings
+
     path: Path = data.draw(st.sampled_from(seeds))
     content = bytearray(path.read_bytes())
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    kind = data.draw(st.sampled_from(['bytes', 'header', 'cut', 'repeat']))
-    if kind in ('bytes', 'header'):
-        reach = len(content) if kind == 'bytes' else min(len(content), 600)
+    kind = data.draw(st.sampled_from(["bytes", "header", "cut", "repeat"]))
+    if kind in ("bytes", "header"):
+        reach = len(content) if kind == "bytes" else min(len(content), 600)
         for _ in range(rng.integers(1, 12)):
             content[rng.integers(reach)] = rng.choice([0, 255, 127, rng.integers(256)])
-    elif kind == 'cut':
-        del content[rng.integers(len(content)):]
+    elif kind == "cut":
+        del content[rng.integers(len(content)) :]
     else:
         i, j = sorted(rng.integers(0, len(content), 2))
         content[i:i] = content[i:j]
     target = tmp_path / path.name
     target.write_bytes(content)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+        warnings.simplefilter("ignore")
         try:
             frames, fps = decode(one(target), max_frames=20)
         except UnreadableClip as error:

@@ -7,41 +7,43 @@ from PIL import Image
 
 from uscl_hub.media import UnreadableClip, decode, find_clips, iter_frames
 
-av = pytest.importorskip('av')
-pydicom = pytest.importorskip('pydicom')
+av = pytest.importorskip("av")
+pydicom = pytest.importorskip("pydicom")
 
 
 def movie(t=6, h=48, w=64):
     """A bright square that moves over a ramp: easy on lossy codecs."""
     frames = np.repeat((np.arange(w) * 2 + 40).astype(np.uint8)[None, None].repeat(h, 1), t, 0)
     for i in range(t):
-        frames[i, 8:24, 4 + 6 * i:16 + 6 * i] = 220
+        frames[i, 8:24, 4 + 6 * i : 16 + 6 * i] = 220
     return frames
 
 
-def write(path, frames, codec, fps=20, pix_fmt='yuv420p', **options):
-    with av.open(str(path), 'w') as container:
+def write(path, frames, codec, fps=20, pix_fmt="yuv420p", **options):
+    with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:], pix_fmt
         for grey in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, 'gray')))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, "gray")))
         container.mux(stream.encode(None))
     return path
 
 
 def one(path):
-    clip, = find_clips([path])
+    (clip,) = find_clips([path])
     return clip
 
 
-@pytest.mark.parametrize('name, codec', [
-    ('a.mp4', 'mpeg4'), ('a.AVI', 'mpeg4'), ('a.mov', 'mpeg4'), ('a.mpeg', 'mpeg2video'), ('a.webm', 'libvpx')])
+@pytest.mark.parametrize(
+    "name, codec",
+    [("a.mp4", "mpeg4"), ("a.AVI", "mpeg4"), ("a.mov", "mpeg4"), ("a.mpeg", "mpeg2video"), ("a.webm", "libvpx")],
+)
 def test_video_formats(tmp_path, name, codec):
     if codec not in av.codecs_available:
         pytest.skip(codec)
     clip = one(write(tmp_path / name.lower(), movie(), codec, fps=25).rename(tmp_path / name))
     frames, fps = decode(clip)
-    assert clip.kind == 'video' and frames.shape == (6, 48, 64) and fps == pytest.approx(25, abs=0.1)
+    assert clip.kind == "video" and frames.shape == (6, 48, 64) and fps == pytest.approx(25, abs=0.1)
     assert np.abs(frames.astype(int) - movie()).mean() < 6  # full range: not 16..235
     assert decode(clip, max_frames=2, stride=3)[0].shape[0] == 2
     assert np.array_equal(decode(clip, stride=3)[0], frames[::3])
@@ -49,81 +51,83 @@ def test_video_formats(tmp_path, name, codec):
 
 def test_gif_and_its_frame_rate(tmp_path):
     pictures = [Image.fromarray(f) for f in movie()]
-    pictures[0].save(tmp_path / 'a.GIF', save_all=True, append_images=pictures[1:], duration=50)
-    frames, fps = decode(one(tmp_path / 'a.GIF'))
+    pictures[0].save(tmp_path / "a.GIF", save_all=True, append_images=pictures[1:], duration=50)
+    frames, fps = decode(one(tmp_path / "a.GIF"))
     assert frames.shape == (6, 48, 64) and fps == 20
     assert np.abs(frames.astype(int) - movie()).max() <= 2
 
 
 def test_rotated_video(tmp_path):
-    path = write(tmp_path / 'a.mp4', movie(), 'mpeg4')
+    path = write(tmp_path / "a.mp4", movie(), "mpeg4")
     plain = decode(one(path))[0]
     data = bytearray(path.read_bytes())
-    at = data.index(b'tkhd') + 4 + 40  # the display matrix: 90 degrees clockwise
-    data[at:at + 36] = struct.pack('>9i', 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    at = data.index(b"tkhd") + 4 + 40  # the display matrix: 90 degrees clockwise
+    data[at : at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
     assert np.array_equal(decode(one(path))[0], np.rot90(plain, -1, (1, 2)))
 
 
 def test_odd_sizes_and_one_frame(tmp_path):
-    path = write(tmp_path / 'a.avi', movie(1, 47, 63), 'ffv1', pix_fmt='gray')
+    path = write(tmp_path / "a.avi", movie(1, 47, 63), "ffv1", pix_fmt="gray")
     assert np.array_equal(decode(one(path))[0], movie(1, 47, 63))
 
 
 def test_frame_folder_in_natural_order(tmp_path):
-    folder = tmp_path / 'scan' / 'deep'
+    folder = tmp_path / "scan" / "deep"
     folder.mkdir(parents=True)
     for i in (1, 2, 9, 10, 100):
-        Image.new('L', (20, 16), i).save(folder / f'frame{i}.png')
-        Image.new('L', (20, 16), 200).save(folder / f'{i:05d}.JPG')
-    Image.new('L', (20, 16), 7).save(folder / 'still.png')
-    clips = {clip.id: clip for clip in find_clips([tmp_path / 'scan'])}
-    assert sorted(clips) == ['scan/deep/#.jpg', 'scan/deep/frame#.png', 'scan/deep/still.png']
-    frames, fps = decode(clips['scan/deep/frame#.png'])
+        Image.new("L", (20, 16), i).save(folder / f"frame{i}.png")
+        Image.new("L", (20, 16), 200).save(folder / f"{i:05d}.JPG")
+    Image.new("L", (20, 16), 7).save(folder / "still.png")
+    clips = {clip.id: clip for clip in find_clips([tmp_path / "scan"])}
+    assert sorted(clips) == ["scan/deep/#.jpg", "scan/deep/frame#.png", "scan/deep/still.png"]
+    frames, fps = decode(clips["scan/deep/frame#.png"])
     assert frames[:, 0, 0].tolist() == [1, 2, 9, 10, 100] and fps is None
-    assert decode(clips['scan/deep/frame#.png'], stride=2, max_frames=2)[0][:, 0, 0].tolist() == [1, 9]
-    assert clips['scan/deep/still.png'].kind == 'image' and clips['scan/deep/#.jpg'].kind == 'frames'
+    assert decode(clips["scan/deep/frame#.png"], stride=2, max_frames=2)[0][:, 0, 0].tolist() == [1, 9]
+    assert clips["scan/deep/still.png"].kind == "image" and clips["scan/deep/#.jpg"].kind == "frames"
 
 
 def test_numbered_images_of_different_sizes_are_separate(tmp_path):
     for i, width in enumerate((20, 30, 40)):
-        Image.new('L', (width, 16)).save(tmp_path / f'benign ({i}).png')
-    assert [clip.kind for clip in find_clips([tmp_path])] == ['image'] * 3
+        Image.new("L", (width, 16)).save(tmp_path / f"benign ({i}).png")
+    assert [clip.kind for clip in find_clips([tmp_path])] == ["image"] * 3
 
 
 def test_a_frame_of_another_size_is_resized_with_a_warning(tmp_path):
     for i in range(30):
-        Image.new('L', (20 if i != 2 else 24, 16), i).save(tmp_path / f'{i}.png')
-    with pytest.warns(UserWarning, match='resized to the first, 20 x 16'):
+        Image.new("L", (20 if i != 2 else 24, 16), i).save(tmp_path / f"{i}.png")
+    with pytest.warns(UserWarning, match="resized to the first, 20 x 16"):
         frames, _ = decode(one(tmp_path))
     assert frames.shape == (30, 16, 20) and frames[2, 0, 0] == 2
 
 
 def test_ids_sources_and_order(tmp_path):
-    for place in ('a/videos/x', 'b/videos/x', 'b/.hidden'):
+    for place in ("a/videos/x", "b/videos/x", "b/.hidden"):
         (tmp_path / place).mkdir(parents=True)
-        Image.new('L', (16, 16)).save(tmp_path / place / 'i.png')
-    (tmp_path / 'a' / 'videos' / 'notes.txt').write_text('no clip')
-    assert [c.id for c in find_clips([tmp_path / 'a' / 'videos'])] == ['videos/x/i.png']
-    both = find_clips([tmp_path / 'b' / 'videos', tmp_path / 'a' / 'videos', tmp_path / 'a' / 'videos'])
-    assert [(c.id, c.source) for c in both] == [('a/videos/x/i.png', 'a/videos'), ('b/videos/x/i.png', 'b/videos')]
-    (tmp_path / 'a' / 'videos' / 'loop').symlink_to(tmp_path / 'a')
-    assert len(find_clips([tmp_path / 'a' / 'videos'])) == 1
-    with pytest.raises(FileNotFoundError, match='nowhere'):
-        find_clips([tmp_path / 'nowhere'])
+        Image.new("L", (16, 16)).save(tmp_path / place / "i.png")
+    (tmp_path / "a" / "videos" / "notes.txt").write_text("no clip")
+    assert [c.id for c in find_clips([tmp_path / "a" / "videos"])] == ["videos/x/i.png"]
+    both = find_clips([tmp_path / "b" / "videos", tmp_path / "a" / "videos", tmp_path / "a" / "videos"])
+    assert [(c.id, c.source) for c in both] == [("a/videos/x/i.png", "a/videos"), ("b/videos/x/i.png", "b/videos")]
+    (tmp_path / "a" / "videos" / "loop").symlink_to(tmp_path / "a")
+    assert len(find_clips([tmp_path / "a" / "videos"])) == 1
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        find_clips([tmp_path / "nowhere"])
 
 
 # ---------------------------------------------------------------------------------------------------- DICOM
 
-def dicom(path, pixels, photometric='MONOCHROME2', bits=None, compress=None, **tags):
+
+def dicom(path, pixels, photometric="MONOCHROME2", bits=None, compress=None, **tags):
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, UltrasoundMultiFrameImageStorage, generate_uid
+
     data = Dataset()
     data.file_meta = FileMetaDataset()
     data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = UltrasoundMultiFrameImageStorage
     data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = generate_uid()
-    data.PatientName, data.PatientID = 'PLANTED^NAME', 'PLANTED-ID'
+    data.PatientName, data.PatientID = "PLANTED^NAME", "PLANTED-ID"
     colour = pixels.ndim == 4
     data.NumberOfFrames, data.Rows, data.Columns = pixels.shape[:3]
     data.SamplesPerPixel, data.PhotometricInterpretation = 3 if colour else 1, photometric
@@ -131,7 +135,7 @@ def dicom(path, pixels, photometric='MONOCHROME2', bits=None, compress=None, **t
         data.PlanarConfiguration = 0
     data.BitsAllocated = pixels.dtype.itemsize * 8
     data.BitsStored = bits or data.BitsAllocated
-    data.HighBit, data.PixelRepresentation = data.BitsStored - 1, int(pixels.dtype.kind == 'i')
+    data.HighBit, data.PixelRepresentation = data.BitsStored - 1, int(pixels.dtype.kind == "i")
     for key, value in tags.items():
         setattr(data, key, value)
     data.PixelData = pixels.tobytes()
@@ -141,10 +145,9 @@ def dicom(path, pixels, photometric='MONOCHROME2', bits=None, compress=None, **t
     return path
 
 
-@pytest.mark.parametrize('syntax, exact', [
-    (None, True), ('RLELossless', True), ('JPEG2000Lossless', True)])
+@pytest.mark.parametrize("syntax, exact", [(None, True), ("RLELossless", True), ("JPEG2000Lossless", True)])
 def test_dicom_multi_frame(tmp_path, syntax, exact):
-    path = dicom(tmp_path / 'a.DCM', movie(), compress=getattr(pydicom.uid, syntax) if syntax else None, FrameTime=40)
+    path = dicom(tmp_path / "a.DCM", movie(), compress=getattr(pydicom.uid, syntax) if syntax else None, FrameTime=40)
     frames, fps = decode(one(path))
     assert np.array_equal(frames, movie()) and fps == 25
     assert len(decode(one(path), max_frames=2, stride=2)[0]) == 2
@@ -152,16 +155,18 @@ def test_dicom_multi_frame(tmp_path, syntax, exact):
 
 def test_dicom_jpeg_baseline(tmp_path):
     import io
+
     from pydicom.encaps import encapsulate
+
     parts = []
     for grey in movie():
         buffer = io.BytesIO()
-        Image.fromarray(grey).save(buffer, 'jpeg', quality=95)
+        Image.fromarray(grey).save(buffer, "jpeg", quality=95)
         parts.append(buffer.getvalue())
-    path = dicom(tmp_path / 'a.dcm', movie())
+    path = dicom(tmp_path / "a.dcm", movie())
     data = pydicom.dcmread(path)
     data.PixelData = encapsulate(parts)
-    data['PixelData'].VR = 'OB'
+    data["PixelData"].VR = "OB"
     data.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
     data.save_as(path)
     assert np.abs(decode(one(path))[0].astype(int) - movie()).mean() < 2
@@ -169,51 +174,59 @@ def test_dicom_jpeg_baseline(tmp_path):
 
 def test_dicom_inverted_deep_signed_windowed(tmp_path):
     grey = movie()
-    assert np.array_equal(decode(one(dicom(tmp_path / '1.dcm', grey, 'MONOCHROME1')))[0], 255 - grey)
-    assert np.array_equal(decode(one(dicom(tmp_path / '2.dcm', grey.astype(np.uint16) * 257)))[0], grey)
-    twelve = decode(one(dicom(tmp_path / '3.dcm', grey.astype(np.uint16) * 16, bits=12)))[0]
+    assert np.array_equal(decode(one(dicom(tmp_path / "1.dcm", grey, "MONOCHROME1")))[0], 255 - grey)
+    assert np.array_equal(decode(one(dicom(tmp_path / "2.dcm", grey.astype(np.uint16) * 257)))[0], grey)
+    twelve = decode(one(dicom(tmp_path / "3.dcm", grey.astype(np.uint16) * 16, bits=12)))[0]
     assert np.abs(twelve.astype(int) - grey).max() <= 1
-    signed = decode(one(dicom(tmp_path / '4.dcm', ((grey.astype(np.int32) - 128) * 256).astype(np.int16))))[0]
+    signed = decode(one(dicom(tmp_path / "4.dcm", ((grey.astype(np.int32) - 128) * 256).astype(np.int16))))[0]
     assert np.abs(signed.astype(int) - grey).max() <= 1
-    window = decode(one(dicom(tmp_path / '5.dcm', grey, WindowCenter=128, WindowWidth=256)))[0]
+    window = decode(one(dicom(tmp_path / "5.dcm", grey, WindowCenter=128, WindowWidth=256)))[0]
     assert np.abs(window.astype(int) - grey).max() <= 1
 
 
 def test_dicom_colour_and_palette(tmp_path):
     rgb = np.stack([movie(), movie() // 2, movie() // 3], -1)
-    want = np.stack([np.array(Image.fromarray(f).convert('L')) for f in rgb])
-    assert np.array_equal(decode(one(dicom(tmp_path / '1.dcm', rgb, 'RGB')))[0], want)
-    ybr = np.stack([np.array(Image.fromarray(f).convert('YCbCr')) for f in rgb])
-    assert np.abs(decode(one(dicom(tmp_path / '2.dcm', ybr, 'YBR_FULL')))[0].astype(int) - want).max() <= 3
-    table = (np.arange(256)[::-1] * 257).astype('<u2').tobytes()
-    tags = {f'{c}PaletteColorLookupTable{x}': v for c in ('Red', 'Green', 'Blue')
-            for x, v in (('Descriptor', [256, 0, 16]), ('Data', table))}
-    assert np.abs(decode(one(dicom(tmp_path / '3.dcm', movie(), 'PALETTE COLOR', **tags)))[0].astype(int)
-                  - (255 - movie().astype(int))).max() <= 1
+    want = np.stack([np.array(Image.fromarray(f).convert("L")) for f in rgb])
+    assert np.array_equal(decode(one(dicom(tmp_path / "1.dcm", rgb, "RGB")))[0], want)
+    ybr = np.stack([np.array(Image.fromarray(f).convert("YCbCr")) for f in rgb])
+    assert np.abs(decode(one(dicom(tmp_path / "2.dcm", ybr, "YBR_FULL")))[0].astype(int) - want).max() <= 3
+    table = (np.arange(256)[::-1] * 257).astype("<u2").tobytes()
+    tags = {
+        f"{c}PaletteColorLookupTable{x}": v
+        for c in ("Red", "Green", "Blue")
+        for x, v in (("Descriptor", [256, 0, 16]), ("Data", table))
+    }
+    assert (
+        np.abs(
+            decode(one(dicom(tmp_path / "3.dcm", movie(), "PALETTE COLOR", **tags)))[0].astype(int)
+            - (255 - movie().astype(int))
+        ).max()
+        <= 1
+    )
 
 
 def test_dicom_without_extension(tmp_path):
-    dicom(tmp_path / 'IM_0001', movie())
-    (tmp_path / 'README').write_text('x' * 200)
-    assert [clip.kind for clip in find_clips([tmp_path])] == ['dicom']
+    dicom(tmp_path / "IM_0001", movie())
+    (tmp_path / "README").write_text("x" * 200)
+    assert [clip.kind for clip in find_clips([tmp_path])] == ["dicom"]
 
 
 def test_nothing_of_a_dicom_file_is_quoted(tmp_path, caplog):
-    path = dicom(tmp_path / 'a.dcm', movie())
+    path = dicom(tmp_path / "a.dcm", movie())
     whole = path.read_bytes()
     for cut in range(140, len(whole), 997):
         path.write_bytes(whole[:cut])
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter('always')
+            warnings.simplefilter("always")
             try:
                 decode(one(path))
-                text = ''
+                text = ""
             except UnreadableClip as error:
                 text = str(error)
-        assert 'PLANTED' not in text + caplog.text + ''.join(str(w.message) for w in caught)
+        assert "PLANTED" not in text + caplog.text + "".join(str(w.message) for w in caught)
 
 
 def test_streaming_stops_early(tmp_path):
-    frames = iter_frames(one(write(tmp_path / 'a.mp4', movie(), 'mpeg4')))
+    frames = iter_frames(one(write(tmp_path / "a.mp4", movie(), "mpeg4")))
     assert next(frames)[0].shape == (48, 64)
     frames.close()

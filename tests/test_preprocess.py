@@ -19,10 +19,10 @@ def picture(shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-@pytest.mark.parametrize('mode', ['L', 'RGB', 'RGBA', 'P', 'CMYK', 'LA', 'YCbCr', '1'])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "LA", "YCbCr", "1"])
 def test_every_pil_mode_is_pil_luma(mode):
     image = Image.fromarray(picture((31, 47, 3))).convert(mode)
-    assert np.array_equal(to_grey(image), np.array(image.convert('L')))
+    assert np.array_equal(to_grey(image), np.array(image.convert("L")))
 
 
 def test_sixteen_bit_rounds_over_the_whole_range():
@@ -31,11 +31,11 @@ def test_sixteen_bit_rounds_over_the_whole_range():
     assert np.array_equal(to_grey(values), want)
     assert np.array_equal(to_grey(Image.fromarray(values)), want)  # I;16
     assert np.array_equal(to_grey(Image.fromarray(values.astype(np.int32))), want)  # I
-    assert np.array_equal(to_grey(values.astype('>u2')), want)
+    assert np.array_equal(to_grey(values.astype(">u2")), want)
     assert np.array_equal(to_grey(torch.from_numpy(values)), want)
 
 
-@pytest.mark.parametrize('channels', [None, 1, 3, 4])
+@pytest.mark.parametrize("channels", [None, 1, 3, 4])
 def test_arrays_and_tensors_agree(channels):
     array = picture((20, 30) if channels is None else (20, 30, channels))
     grey = to_grey(array)
@@ -45,24 +45,24 @@ def test_arrays_and_tensors_agree(channels):
     assert np.array_equal(to_grey(tensor.float() / 255), grey)
     assert np.array_equal(to_grey(array.astype(np.float64) / 255), grey)
     if channels == 3:
-        assert np.array_equal(grey, np.array(Image.fromarray(array).convert('L')))
+        assert np.array_equal(grey, np.array(Image.fromarray(array).convert("L")))
 
 
 @pytest.mark.parametrize(
-    'image, message',
+    "image, message",
     [
-        (np.full((4, 4), np.nan, np.float32), 'NaN'),
-        (np.array([[0, np.inf]]), 'NaN'),
-        (np.full((4, 4), 255.0), r'expected \[0, 1\]'),
-        (np.full((4, 4), -0.5), r'expected \[0, 1\]'),
-        (np.zeros((4, 4), np.int64), 'int64'),
-        (np.zeros((4, 4, 2), np.uint8), r'\(4, 4, 2\)'),
-        (np.zeros((3, 40, 40), np.uint8), r'\(3, 40, 40\)'),
-        (np.zeros((0, 4), np.uint8), 'no pixels'),
-        (np.zeros(4, np.uint8), r'\(4,\)'),
-        (torch.zeros(2, 4, 4), r'\(2, 4, 4\)'),
-        (Image.fromarray(np.full((4, 4), 70000, np.int32)), '70000'),
-        (Image.fromarray(np.full((4, 4), 200.0, np.float32)), r'expected \[0, 1\]'),
+        (np.full((4, 4), np.nan, np.float32), "NaN"),
+        (np.array([[0, np.inf]]), "NaN"),
+        (np.full((4, 4), 255.0), r"expected \[0, 1\]"),
+        (np.full((4, 4), -0.5), r"expected \[0, 1\]"),
+        (np.zeros((4, 4), np.int64), "int64"),
+        (np.zeros((4, 4, 2), np.uint8), r"\(4, 4, 2\)"),
+        (np.zeros((3, 40, 40), np.uint8), r"\(3, 40, 40\)"),
+        (np.zeros((0, 4), np.uint8), "no pixels"),
+        (np.zeros(4, np.uint8), r"\(4,\)"),
+        (torch.zeros(2, 4, 4), r"\(2, 4, 4\)"),
+        (Image.fromarray(np.full((4, 4), 70000, np.int32)), "70000"),
+        (Image.fromarray(np.full((4, 4), 200.0, np.float32)), r"expected \[0, 1\]"),
     ],
 )
 def test_bad_images_are_named(image, message):
@@ -71,8 +71,8 @@ def test_bad_images_are_named(image, message):
 
 
 def test_not_an_image():
-    with pytest.raises(TypeError, match='str'):
-        to_grey('scan.png')
+    with pytest.raises(TypeError, match="str"):
+        to_grey("scan.png")
 
 
 @settings(max_examples=30, deadline=None)
@@ -94,30 +94,28 @@ def test_normalise_shapes_and_values():
     )
 
 
-@pytest.mark.parametrize('name', ['meta_uscl_resnet18', 'meta_uscl_resnet50'])
-@pytest.mark.parametrize('shape', [(64, 64), (123, 201), (30, 17)])
+@pytest.mark.parametrize("name", ["meta_uscl_resnet18", "meta_uscl_resnet50"])
+@pytest.mark.parametrize("shape", [(64, 64), (123, 201), (30, 17)])
 def test_the_same_as_timms_transform(name, shape):
     model = timm.create_model(name)
     image = Image.fromarray(picture(shape))
     theirs = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-    assert torch.equal(uscl_hub.create_transform(model)(image), theirs(image.convert('RGB')))
+    assert torch.equal(uscl_hub.create_transform(model)(image), theirs(image.convert("RGB")))
 
 
 def test_transform_follows_the_model():
     image = picture((50, 60))
-    one = timm.create_model('meta_uscl_resnet18', in_chans=1)
+    one = timm.create_model("meta_uscl_resnet18", in_chans=1)
     assert uscl_hub.create_transform(one)(image).shape == (1, 64, 64)
-    maps = timm.create_model('meta_uscl_resnet18', in_chans=1, features_only=True)
+    maps = timm.create_model("meta_uscl_resnet18", in_chans=1, features_only=True)
     assert uscl_hub.create_transform(maps)(image).shape == (1, 64, 64)
     assert uscl_hub.create_transform(one, size=96)(image).shape == (1, 96, 96)
     assert uscl_hub.create_transform(one.pretrained_cfg)(image).shape == (3, 64, 64)
-    imagenet = uscl_hub.create_transform(timm.create_model('resnet18'))(image)
+    imagenet = uscl_hub.create_transform(timm.create_model("resnet18"))(image)
     assert imagenet.shape == (3, 224, 224) and not torch.equal(imagenet[0], imagenet[1])
     transform = uscl_hub.create_transform(one)
-    assert torch.equal(
-        pickle.loads(pickle.dumps(transform))(image), transform(image)
-    )  # for data loader workers
-    with pytest.raises(ValueError, match='pretrained_cfg'):
+    assert torch.equal(pickle.loads(pickle.dumps(transform))(image), transform(image))  # for data loader workers
+    with pytest.raises(ValueError, match="pretrained_cfg"):
         uscl_hub.create_transform(torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match='1 channel'):
-        uscl_hub.create_transform(timm.create_model('resnet18', in_chans=1))
+    with pytest.raises(ValueError, match="1 channel"):
+        uscl_hub.create_transform(timm.create_model("resnet18", in_chans=1))

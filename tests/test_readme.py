@@ -14,9 +14,13 @@ ROOT = Path(__file__).parents[1]
 def test_python_examples_run(tmp_path, monkeypatch):
     torch.manual_seed(0)
     backbone = timm.create_model("resnet18", num_classes=0)
-    export(backbone, "meta_uscl_resnet18", 64, tmp_path / "runs/demo/export", {
-        "method": "meta_uscl", "steps": 1, "sources": [], "manifest_sha256": "", "metrics": {}
-    })
+    export(
+        backbone,
+        "meta_uscl_resnet18",
+        64,
+        tmp_path / "runs/demo/export",
+        {"method": "meta_uscl", "steps": 1, "sources": [], "manifest_sha256": "", "metrics": {}},
+    )
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "readme"}
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S):

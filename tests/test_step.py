@@ -154,9 +154,7 @@ def meta_gradient(dtype=torch.float32, direction="exact", autocast=False):
         state["momentum_buffer"] = state["momentum_buffer"].to(dtype)
     views, meta_views = (b.to(dtype) for b in batch)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        step.meta_step(
-            encoder, cmw, optimizer, cmw_optimizer, views, meta_views, TEMPERATURE, direction=direction
-        )
+        step.meta_step(encoder, cmw, optimizer, cmw_optimizer, views, meta_views, TEMPERATURE, direction=direction)
     return torch.cat([p.grad.flatten() for p in cmw.parameters()]).double()
 
 

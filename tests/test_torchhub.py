@@ -10,41 +10,41 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ENTRYPOINTS = ['meta_uscl_backbone', 'meta_uscl_resnet18', 'meta_uscl_resnet34', 'meta_uscl_resnet50']
+ENTRYPOINTS = ["meta_uscl_backbone", "meta_uscl_resnet18", "meta_uscl_resnet34", "meta_uscl_resnet50"]
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def export(tmp_path_factory):
     import timm
 
     from uscl_hub import checkpoints, models
 
-    folder = tmp_path_factory.mktemp('export') / 'out'
-    model = timm.create_model('resnet18', num_classes=0)
+    folder = tmp_path_factory.mktemp("export") / "out"
+    model = timm.create_model("resnet18", num_classes=0)
     checkpoints.save_folder(
         folder,
         model.state_dict(),
-        {'architecture': 'resnet18', 'num_classes': 0, 'pretrained_cfg': models.make_cfg(72)},
-        '# card',
+        {"architecture": "resnet18", "num_classes": 0, "pretrained_cfg": models.make_cfg(72)},
+        "# card",
     )
     return folder
 
 
-def python(code, cwd, path=''):
-    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+def python(code, cwd, path=""):
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     result = subprocess.run(
-        [sys.executable, '-c', code],
+        [sys.executable, "-c", code],
         cwd=cwd,
         capture_output=True,
         text=True,
         timeout=120,
-        env={**env, 'PYTHONPATH': str(path), 'OMP_NUM_THREADS': '1'},
+        env={**env, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr
     return result
 
 
-LOAD = '''
+LOAD = """
 import os, sys, torch
 model = torch.hub.load({repo!r}, 'meta_uscl_resnet18', source='local', checkpoint={export!r})
 assert not model.training and model(torch.zeros(2, 3, 64, 64)).shape == (2, 512)
@@ -56,36 +56,34 @@ assert transform(torch.zeros(3, 30, 40)).shape == (1, 72, 72)
 assert {root!r} not in sys.path
 import uscl_hub, uscl_hub.cli, uscl_hub.convert, uscl_hub.media  # later lazy imports
 print(uscl_hub.__file__)
-'''
+"""
 
 
-@pytest.mark.parametrize('relative', [False, True])
+@pytest.mark.parametrize("relative", [False, True])
 def test_load_from_another_directory_without_the_package(tmp_path, export, relative):
     repo = os.path.relpath(ROOT, tmp_path) if relative else str(ROOT)
     result = python(LOAD.format(repo=repo, root=str(ROOT), export=str(export)), tmp_path)
-    assert result.stdout.strip() == str(ROOT / 'uscl_hub/__init__.py') and 'UserWarning' not in result.stderr
+    assert result.stdout.strip() == str(ROOT / "uscl_hub/__init__.py") and "UserWarning" not in result.stderr
 
 
-@pytest.mark.parametrize('version', ['0.1.0', '9.9.9'])
+@pytest.mark.parametrize("version", ["0.1.0", "9.9.9"])
 def test_load_with_the_package_installed_and_imported(tmp_path, export, version):
-    shutil.copytree(
-        ROOT / 'uscl_hub', tmp_path / 'site/uscl_hub', ignore=shutil.ignore_patterns('__pycache__')
-    )
-    init = tmp_path / 'site/uscl_hub/__init__.py'
+    shutil.copytree(ROOT / "uscl_hub", tmp_path / "site/uscl_hub", ignore=shutil.ignore_patterns("__pycache__"))
+    init = tmp_path / "site/uscl_hub/__init__.py"
     from uscl_hub import __version__
 
-    init.write_text(init.read_text().replace(__version__, __version__ if version == '0.1.0' else version))
+    init.write_text(init.read_text().replace(__version__, __version__ if version == "0.1.0" else version))
     code = LOAD.format(repo=str(ROOT), root=str(ROOT), export=str(export))
-    first = python('import uscl_hub' + code, tmp_path, tmp_path / 'site')  # what is imported stays
+    first = python("import uscl_hub" + code, tmp_path, tmp_path / "site")  # what is imported stays
     assert first.stdout.strip() == str(init)
-    assert ('9.9.9' in first.stderr) == (version == '9.9.9')
-    fresh = python(code, tmp_path, tmp_path / 'site')  # else the checkout's is taken
-    assert fresh.stdout.strip() == str(ROOT / 'uscl_hub/__init__.py') and '9.9.9' not in fresh.stderr
+    assert ("9.9.9" in first.stderr) == (version == "9.9.9")
+    fresh = python(code, tmp_path, tmp_path / "site")  # else the checkout's is taken
+    assert fresh.stdout.strip() == str(ROOT / "uscl_hub/__init__.py") and "9.9.9" not in fresh.stderr
 
 
 def test_listed_entrypoints_and_their_help(tmp_path):
     result = python(
-        f'''
+        f"""
 import torch.hub, inspect, sys
 from torch.hub import _import_module
 sys.modules.pop("uscl_hub", None)
@@ -96,7 +94,7 @@ assert sorted(names) == {ENTRYPOINTS!r}, names
 for n in names:
     assert len(getattr(m, n).__doc__) > 80
 torch.hub._check_dependencies(m)
-''',
+""",
         tmp_path,
     )
     assert result.returncode == 0
@@ -106,15 +104,15 @@ def test_no_release_is_said(tmp_path):
     from uscl_hub import models
 
     if models.releases():
-        pytest.skip('there are released weights')
+        pytest.skip("there are released weights")
     result = python(
-        f'''
+        f"""
 import torch
 try: torch.hub.load({str(ROOT)!r}, "meta_uscl_resnet34", source="local")
 except RuntimeError as e: assert "pretrained=False" in str(e)
 else: raise SystemExit("random weights")
 assert torch.hub.load({str(ROOT)!r}, "meta_uscl_resnet34", source="local", pretrained=False) is not None
-''',
+""",
         tmp_path,
     )
     assert result.returncode == 0

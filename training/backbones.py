@@ -1,4 +1,5 @@
 """Backbones by name, for evaluation: random, timm, ours, or a folder; and what they were pretrained on."""
+
 import hashlib
 import json
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ class LeakError(Exception):
 class Backbone:
     """model: eval mode, images (B, 3, px, px) -> features (B, d). px: its own input size, None if untrained.
     sha: of the weights. provenance: `uscl_hub` of the folder's config.json, None if it has none."""
+
     name: str
     spec: str
     model: nn.Module
@@ -33,15 +35,15 @@ class Backbone:
 
 def split_name(spec: str) -> tuple[str, str]:
     """'name=spec' -> (name, spec); 'spec' -> (spec, spec), a folder by its last part."""
-    if '=' in spec:
-        name, spec = spec.split('=', 1)
+    if "=" in spec:
+        name, spec = spec.split("=", 1)
         return name, spec
     return (Path(spec).name if Path(spec).is_dir() else spec), spec
 
 
 def is_random(spec: str) -> bool:
     spec = split_name(spec)[1]
-    return spec.startswith('random:') or spec.startswith('timm:') and not spec.endswith(':pretrained')
+    return spec.startswith("random:") or spec.startswith("timm:") and not spec.endswith(":pretrained")
 
 
 def load_backbone(spec: str, seed: int = 0, px: int | None = None) -> Backbone:
@@ -50,37 +52,43 @@ def load_backbone(spec: str, seed: int = 0, px: int | None = None) -> Backbone:
     one fixed input size. Raises ValueError for any other spec.
     """
     name, spec = split_name(spec)
+
     def create(architecture, **kwargs):
         known = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
-        fixed = {'img_size': px} if px and known is not None and known.fixed_input_size else {}
+        fixed = {"img_size": px} if px and known is not None and known.fixed_input_size else {}
         return timm.create_model(architecture, num_classes=0, **fixed, **kwargs)
 
     provenance = None
     if is_random(spec):
-        architecture = spec.split(':', 1)[1]
+        architecture = spec.split(":", 1)[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = create(architecture)
         px, mean, std = None, (MEAN,) * 3, (STD,) * 3
     else:
-        if spec.startswith('timm:'):
-            model = create(spec.split(':')[1], pretrained=True)
-        elif spec.startswith('meta_uscl_'):
+        if spec.startswith("timm:"):
+            model = create(spec.split(":")[1], pretrained=True)
+        elif spec.startswith("meta_uscl_"):
             import uscl_hub
+
             model = uscl_hub.load_meta_uscl_backbone(spec)
-            provenance = getattr(model, 'provenance', None)
+            provenance = getattr(model, "provenance", None)
         elif Path(spec).is_dir():
-            config = Path(spec) / 'config.json'
+            config = Path(spec) / "config.json"
             if not config.is_file():
-                raise ValueError(f"{spec}: no config.json in it; a backbone folder is what run.py's export or "
-                                 "'uscl-hub convert' writes")
-            provenance = json.loads(config.read_text(encoding='utf-8')).get('uscl_hub')
-            model = timm.create_model(f'local-dir:{Path(spec).resolve()}', pretrained=True, num_classes=0)
+                raise ValueError(
+                    f"{spec}: no config.json in it; a backbone folder is what run.py's export or "
+                    "'uscl-hub convert' writes"
+                )
+            provenance = json.loads(config.read_text(encoding="utf-8")).get("uscl_hub")
+            model = timm.create_model(f"local-dir:{Path(spec).resolve()}", pretrained=True, num_classes=0)
         else:
-            raise ValueError(f'backbone {spec!r} is neither a folder nor random:NAME, timm:NAME, timm:NAME:pretrained '
-                             'or meta_uscl_NAME[.tag]')
+            raise ValueError(
+                f"backbone {spec!r} is neither a folder nor random:NAME, timm:NAME, timm:NAME:pretrained "
+                "or meta_uscl_NAME[.tag]"
+            )
         cfg = model.pretrained_cfg
-        px, mean, std, architecture = cfg['input_size'][-1], cfg['mean'], cfg['std'], cfg['architecture']
+        px, mean, std, architecture = cfg["input_size"][-1], cfg["mean"], cfg["std"], cfg["architecture"]
     mean, std = (tuple(map(float, (v if isinstance(v, (tuple, list)) else (v,) * 3))) for v in (mean, std))
     return Backbone(name, spec, model.eval(), architecture, px, mean, std, weights_sha(model), provenance)
 
@@ -103,7 +111,7 @@ def find_leaks(backbone: Backbone, task: Task) -> list[str]:
     A group is known as the task names it ('covid_blues/patient_7'), by its aliases ('patient_7') and by its file's id.
     """
     known = backbone.provenance or {}
-    groups, clips = set(map(str, known.get('groups') or ())), set(known.get('clips') or ())
+    groups, clips = set(map(str, known.get("groups") or ())), set(known.get("clips") or ())
     leaks = {}
     for item in task.items:
         names = {item.group, item.id, *item.aliases}
@@ -121,7 +129,9 @@ def content_hashes(path: Path) -> set[str]:
 def refuse_leaks(backbone: Backbone, task: Task):
     leaks = find_leaks(backbone, task)
     if leaks:
-        raise LeakError(f'{backbone.name} was pretrained on {len(leaks)} of the {len(set(task.groups))} groups that '
-                        f'{task.title} tests ({", ".join(leaks[:5])}{", ..." if len(leaks) > 5 else ""}): its result '
-                        f"would mean nothing. Pretrain without them, or leave {task.name!r} out of --tasks, or pass "
-                        "--leaks skip to leave out just this pair and say so in the report")
+        raise LeakError(
+            f"{backbone.name} was pretrained on {len(leaks)} of the {len(set(task.groups))} groups that "
+            f"{task.title} tests ({', '.join(leaks[:5])}{', ...' if len(leaks) > 5 else ''}): its result "
+            f"would mean nothing. Pretrain without them, or leave {task.name!r} out of --tasks, or pass "
+            "--leaks skip to leave out just this pair and say so in the report"
+        )

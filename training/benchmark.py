@@ -93,11 +93,23 @@ def main(settings):
     if unknown := set(sections) - set(SECTIONS):
         sys.exit(f"--only: {', '.join(sorted(unknown))} unknown; there are {', '.join(SECTIONS)}")
     if settings.quick:
-        settings = Settings(**{
-            **asdict(settings), "sizes": (32,), "batch": 4, "repeats": 2, "clips": 2000, "steps": 30,
-        })
-    device = torch.device("cuda" if settings.device == "auto" and torch.cuda.is_available() else
-                          "cpu" if settings.device == "auto" else settings.device)
+        settings = Settings(
+            **{
+                **asdict(settings),
+                "sizes": (32,),
+                "batch": 4,
+                "repeats": 2,
+                "clips": 2000,
+                "steps": 30,
+            }
+        )
+    device = torch.device(
+        "cuda"
+        if settings.device == "auto" and torch.cuda.is_available()
+        else "cpu"
+        if settings.device == "auto"
+        else settings.device
+    )
     report = Report(settings, device)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -130,18 +142,32 @@ class Report:
         self.settings, self.device = settings, device
         self.rows, self.skipped = [], []
         self.machine = {
-            "cpu": cpu_name(), "cores": cores(), "threads": torch.get_num_threads(),
+            "cpu": cpu_name(),
+            "cores": cores(),
+            "threads": torch.get_num_threads(),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
             "load_average": round(os.getloadavg()[0], 2),  # at the start: other work makes ratios noisy
         }
 
     def add(self, section, name, value, goal=None, at_least=False, px=None, **details):
         """One figure; `goal` is the largest value wanted (the smallest, if `at_least`)."""
         met = None if goal is None or self.settings.quick else value >= goal if at_least else value <= goal
-        self.rows.append({"section": section, "px": px, "name": name, "value": value, "goal": goal,
-                          "at_least": at_least, "met": met, **details})
+        self.rows.append(
+            {
+                "section": section,
+                "px": px,
+                "name": name,
+                "value": value,
+                "goal": goal,
+                "at_least": at_least,
+                "met": met,
+                **details,
+            }
+        )
         print(self.line(self.rows[-1]), flush=True)
 
     def skip(self, section, what, why):
@@ -152,20 +178,35 @@ class Report:
     def line(row):
         goal = "" if row["goal"] is None else f"{'>=' if row['at_least'] else '<='} {row['goal']:g}"
         met = {None: "", True: "met", False: "MISSED"}[row["met"]]
-        details = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
-                            if k not in ("section", "px", "name", "value", "goal", "at_least", "met"))
-        return (f"{row['section']:7}{row['px'] or '':>4}  {row['name']:44} {row['value']:>9.4g}  {goal:9} {met:7}"
-                f"{details}")
+        details = ", ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in row.items()
+            if k not in ("section", "px", "name", "value", "goal", "at_least", "met")
+        )
+        return (
+            f"{row['section']:7}{row['px'] or '':>4}  {row['name']:44} {row['value']:>9.4g}  {goal:9} {met:7}{details}"
+        )
 
     def write(self):
         path = Path(self.settings.out)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "machine": self.machine, "settings": asdict(self.settings), "rows": self.rows, "skipped": self.skipped,
-        }, indent=1) + "\n")
-        print(f"{self.machine['cpu']}, {self.machine['cores']} cores, device {self.machine['device']}, "
-              f"torch {self.machine['torch']}; written to {path}")
+        path.write_text(
+            json.dumps(
+                {
+                    "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                    "machine": self.machine,
+                    "settings": asdict(self.settings),
+                    "rows": self.rows,
+                    "skipped": self.skipped,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
+        print(
+            f"{self.machine['cpu']}, {self.machine['cores']} cores, device {self.machine['device']}, "
+            f"torch {self.machine['torch']}; written to {path}"
+        )
 
 
 # Measuring ----------------------------------------------------------------------------------------------------
@@ -355,8 +396,9 @@ STEPS = {
 def build(name, settings, px, device):
     # Second-order convolutions are slower in channels_last on the CPU: each side runs in its better layout.
     contiguous = name == "double backward" and device.type == "cpu"
-    return Problem.build(settings.model, px, settings.batch, device,
-                         torch.contiguous_format if contiguous else torch.channels_last)
+    return Problem.build(
+        settings.model, px, settings.batch, device, torch.contiguous_format if contiguous else torch.channels_last
+    )
 
 
 def time_steps(report, sections):
@@ -380,12 +422,24 @@ def time_steps(report, sections):
                 if name in ("plain", "double backward"):
                     continue
                 wanted = goal if name == "exact" or (name == "exact bf16" and device.type == "cuda") else None
-                report.add("a", f"{name} / {base}", ratio(seconds, name, base), wanted, px=px,
-                           seconds=statistics.median(seconds[name]), rounds=len(seconds[name]))
+                report.add(
+                    "a",
+                    f"{name} / {base}",
+                    ratio(seconds, name, base),
+                    wanted,
+                    px=px,
+                    seconds=statistics.median(seconds[name]),
+                    rounds=len(seconds[name]),
+                )
         if "b" in sections and "double backward" in seconds:
-            report.add("b", "exact / double backward, time", ratio(seconds, "exact", "double backward"),
-                       0.35 if device.type == "cuda" else 0.58, px=px,
-                       seconds=statistics.median(seconds["double backward"]))
+            report.add(
+                "b",
+                "exact / double backward, time",
+                ratio(seconds, "exact", "double backward"),
+                0.35 if device.type == "cuda" else 0.58,
+                px=px,
+                seconds=statistics.median(seconds["double backward"]),
+            )
             report.add("b", "double backward / plain", ratio(seconds, "double backward", "plain"), px=px)
 
 
@@ -438,8 +492,15 @@ def compare_gradients(report):
         exact = gradient("exact", problem.double())
         for name in ("exact", "difference", "exact bf16", "double backward", "delayed"):
             cosine = torch.nn.functional.cosine_similarity(gradient(name, problem), exact, dim=0).item()
-            report.add("a", f"meta-gradient's cosine to float64: {name}", cosine, goals.get(name), at_least=True,
-                       px=px, after_steps=steps)
+            report.add(
+                "a",
+                f"meta-gradient's cosine to float64: {name}",
+                cosine,
+                goals.get(name),
+                at_least=True,
+                px=px,
+                after_steps=steps,
+            )
 
 
 def compare_peaks(report):
@@ -455,9 +516,14 @@ def compare_peaks(report):
             peaks[name] = fresh_process(f"from training.benchmark import step_peak; print({call})")
         else:
             before = px, peaks
-            report.add("b", "exact / double backward, peak memory", peaks["exact"] / peaks["double backward"],
-                       None if device.type == "cuda" else 0.6, px=px,
-                       **{name.replace(" ", "_") + "_mib": round(peak) for name, peak in peaks.items()})
+            report.add(
+                "b",
+                "exact / double backward, peak memory",
+                peaks["exact"] / peaks["double backward"],
+                None if device.type == "cuda" else 0.6,
+                px=px,
+                **{name.replace(" ", "_") + "_mib": round(peak) for name, peak in peaks.items()},
+            )
             report.add("b", "exact / plain, peak memory", peaks["exact"] / peaks["plain"], px=px)
 
 
@@ -501,12 +567,26 @@ def write_cache(folder, size, clips, frames, content=None):
     (folder / "settings.json").write_text(json.dumps({"size": size}))
     with open(folder / "index.jsonl", "w") as file:
         for i in range(clips):
-            file.write(json.dumps({
-                "fps": 25.0, "region": [0, size, 0, size], "masked": False, "height": size, "width": size,
-                "text": False, "sha256": f"{i:064x}", "frames": frames, "notes": [], "offset": i * frames,
-                "id": f"simulated/patient_{i // 4:07d}/clip_{i:07d}.mp4", "source": "simulated",
-                "stamp": [1, 1, i],
-            }) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "fps": 25.0,
+                        "region": [0, size, 0, size],
+                        "masked": False,
+                        "height": size,
+                        "width": size,
+                        "text": False,
+                        "sha256": f"{i:064x}",
+                        "frames": frames,
+                        "notes": [],
+                        "offset": i * frames,
+                        "id": f"simulated/patient_{i // 4:07d}/clip_{i:07d}.mp4",
+                        "source": "simulated",
+                        "stamp": [1, 1, i],
+                    }
+                )
+                + "\n"
+            )
     with open(folder / "frames.u8", "wb") as file:
         if content is None:
             file.truncate(clips * frames * size**2)
@@ -518,8 +598,9 @@ def write_cache(folder, size, clips, frames, content=None):
 def measure_loader(report, folder):
     settings, device, px = report.settings, report.device, report.settings.sizes[0]
     size, clips, length = round(1.25 * px), 16 * settings.batch, 24
-    cache = write_cache(folder / "loader", size, clips, length,
-                        simulated_frames(clips, length, size, 4 if settings.quick else 20))
+    cache = write_cache(
+        folder / "loader", size, clips, length, simulated_frames(clips, length, size, 4 if settings.quick else 20)
+    )
     everything, pairs, clean = np.arange(clips), configs.Pairs(), configs.Pairs(frames=1)
     problem = build("exact", settings, px, device)
     counter, loops = iter(range(10**9)), 10
@@ -529,8 +610,10 @@ def measure_loader(report, folder):
         step = next(counter)
         chosen = data.train_clips(everything, step, settings.batch, 0)
         held_out = data.meta_clips(everything, step, settings.batch, 0)
-        return (data.make_batch(cache, chosen, pairs, (0, data.TRAIN, step)),
-                data.make_batch(cache, held_out, clean, (0, data.META, step)))
+        return (
+            data.make_batch(cache, chosen, pairs, (0, data.TRAIN, step)),
+            data.make_batch(cache, held_out, clean, (0, data.META, step)),
+        )
 
     batches = load()
 
@@ -539,25 +622,43 @@ def measure_loader(report, folder):
             batch.views(device, px, channels)
 
     for name, step in (("simclr step", plain), ("meta_uscl step", meta)):
-        seconds = take_turns({
-            "load": lambda: [load() for _ in range(loops)],
-            "views": lambda: [views() for _ in range(loops)],
-            "step": partial(step, problem),
-        }, settings, device)
+        seconds = take_turns(
+            {
+                "load": lambda: [load() for _ in range(loops)],
+                "views": lambda: [views() for _ in range(loops)],
+                "step": partial(step, problem),
+            },
+            settings,
+            device,
+        )
         # The last step's batch of two kinds is what a meta step wants; SimCLR wants half of it.
         share = 1 if step is meta else 0.5
         appetite = 2 * share * statistics.median(seconds["load"]) / loops
         images = 4 * settings.batch
-        report.add("c", f"loader's images/s over the appetite of a {name}", loops / (share * ratio(seconds, "load", "step")),
-                   px=px, images_per_s=images * loops / statistics.median(seconds["load"]))
-        report.add("c", f"mixing and augmenting, share of a {name}", share * ratio(seconds, "views", "step") / loops, px=px)
+        report.add(
+            "c",
+            f"loader's images/s over the appetite of a {name}",
+            loops / (share * ratio(seconds, "load", "step")),
+            px=px,
+            images_per_s=images * loops / statistics.median(seconds["load"]),
+        )
+        report.add(
+            "c", f"mixing and augmenting, share of a {name}", share * ratio(seconds, "views", "step") / loops, px=px
+        )
 
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(5 * loops):
         load()
     cpu, wall = (time.process_time() - cpu) / (5 * loops), (time.perf_counter() - wall) / (5 * loops)
-    report.add("c", "cores kept busy by the loader during meta_uscl", cpu / statistics.median(seconds["step"]), 1.0, px=px,
-               cpu_seconds=cpu, wall_seconds=wall)
+    report.add(
+        "c",
+        "cores kept busy by the loader during meta_uscl",
+        cpu / statistics.median(seconds["step"]),
+        1.0,
+        px=px,
+        cpu_seconds=cpu,
+        wall_seconds=wall,
+    )
     wait_in_a_training(report, folder, px)
 
 
@@ -567,18 +668,46 @@ def wait_in_a_training(report, folder, px):
     clips, frames, steps = (12, 6, 4) if settings.quick else (80, 24, 40)
     demo = write_demo(folder / "clips", clips=clips, frames=frames, size=round(1.5 * px), seed=0)
     out = folder / "run"
-    command = [sys.executable, "-W", "ignore", str(ROOT / "training/run.py"), "--data.roots", str(demo), "--out", str(out),
-               "--model.name", settings.model, "--model.size", str(px), "--optim.batch", str(settings.batch),
-               "--optim.steps", str(steps), "--data.meta_fraction", "0.2", "--data.val_fraction", "0.2",
-               "--eval_epochs", "1000000", "--device", report.device.type]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(ROOT / "training/run.py"),
+        "--data.roots",
+        str(demo),
+        "--out",
+        str(out),
+        "--model.name",
+        settings.model,
+        "--model.size",
+        str(px),
+        "--optim.batch",
+        str(settings.batch),
+        "--optim.steps",
+        str(steps),
+        "--data.meta_fraction",
+        "0.2",
+        "--data.val_fraction",
+        "0.2",
+        "--eval_epochs",
+        "1000000",
+        "--device",
+        report.device.type,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"training/run.py failed: {done.stderr[-2000:]}")
-    rows = [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "wait_share" in r][steps // 4:]
+    rows = [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "wait_share" in r][steps // 4 :]
     seconds = [2 * settings.batch / r["images_per_s"] for r in rows]
     waited = sum(r["wait_share"] * s for r, s in zip(rows, seconds)) / sum(seconds)
-    report.add("c", "share of a meta_uscl training that waits for data", waited,
-               0.02 if report.device.type == "cuda" else 0.05, px=px, steps=len(rows))
+    report.add(
+        "c",
+        "share of a meta_uscl training that waits for data",
+        waited,
+        0.02 if report.device.type == "cuda" else 0.05,
+        px=px,
+        steps=len(rows),
+    )
 
 
 # (d), (e): clips ----------------------------------------------------------------------------------------------
@@ -625,9 +754,18 @@ def measure_ingest(report, roots, folder):
     if seconds is None:
         return report.skip("d", str(roots.name), "a round takes longer than --limit")
     spent = statistics.median(seconds["ingest"])
-    report.add("d", "ingest's speed / plain decoding's", ratio(seconds, "decode", "ingest"), 0.8, at_least=True,
-               clips=len(clips), data="simulated" if folder in roots.parents else roots.name, workers=workers,
-               mb_per_s=1.048576 * mebibytes / spent, clips_per_s=len(clips) / spent)
+    report.add(
+        "d",
+        "ingest's speed / plain decoding's",
+        ratio(seconds, "decode", "ingest"),
+        0.8,
+        at_least=True,
+        clips=len(clips),
+        data="simulated" if folder in roots.parents else roots.name,
+        workers=workers,
+        mb_per_s=1.048576 * mebibytes / spent,
+        clips_per_s=len(clips) / spent,
+    )
 
 
 @contextlib.contextmanager
@@ -651,8 +789,15 @@ def measure_embed(report, roots, folder):
 
         def embed_all():
             nonlocal count
-            done = embed(chosen, folder / f"{next(counter)}.parquet", name=settings.model, checkpoint=checkpoint,
-                         batch_size=64, device=str(device), progress=False)
+            done = embed(
+                chosen,
+                folder / f"{next(counter)}.parquet",
+                name=settings.model,
+                checkpoint=checkpoint,
+                batch_size=64,
+                device=str(device),
+                progress=False,
+            )
             count = done["frames"]
 
         embed_all()
@@ -667,8 +812,16 @@ def measure_embed(report, roots, folder):
         if seconds is None:
             report.skip("e", f"{px} px", "a round takes longer than --limit")
             continue
-        report.add("e", "embed's speed / the bare model's forward", ratio(seconds, "forward", "embed"), 0.9,
-                   at_least=True, px=px, frames=count, frames_per_s=count / statistics.median(seconds["embed"]))
+        report.add(
+            "e",
+            "embed's speed / the bare model's forward",
+            ratio(seconds, "forward", "embed"),
+            0.9,
+            at_least=True,
+            px=px,
+            frames=count,
+            frames_per_s=count / statistics.median(seconds["embed"]),
+        )
 
 
 # (f): loading -------------------------------------------------------------------------------------------------
@@ -680,13 +833,18 @@ def measure_loading(report, folder):
     torch.manual_seed(0)
     model = timm.create_model(settings.model, num_classes=0)
     path = export(model, settings.model, 64, folder / "loading", UNTRAINED)
-    template = ("import json, time; start = time.perf_counter(); {imports}; imported = time.perf_counter(); {load}; "
-                "end = time.perf_counter(); print(json.dumps([imported - start, end - imported]))")
+    template = (
+        "import json, time; start = time.perf_counter(); {imports}; imported = time.perf_counter(); {load}; "
+        "end = time.perf_counter(); print(json.dumps([imported - start, end - imported]))"
+    )
     codes = {
-        "timm": template.format(imports="import timm", load=f"timm.create_model('local-dir:{path}', pretrained=True, "
-                                                            "num_classes=0).eval()"),
-        "ours": template.format(imports="import uscl_hub", load="uscl_hub.load_meta_uscl_backbone("
-                                                                f"{settings.model!r}, checkpoint={str(path)!r})"),
+        "timm": template.format(
+            imports="import timm", load=f"timm.create_model('local-dir:{path}', pretrained=True, num_classes=0).eval()"
+        ),
+        "ours": template.format(
+            imports="import uscl_hub",
+            load=f"uscl_hub.load_meta_uscl_backbone({settings.model!r}, checkpoint={str(path)!r})",
+        ),
     }
     times = {name: [] for name in codes}
     for i in range(settings.repeats + 1):
@@ -696,8 +854,16 @@ def measure_loading(report, folder):
                 times[name].append(spent)
     both = {name: [sum(t) for t in spent] for name, spent in times.items()}
     imports, loads = ({name: statistics.median(t[k] for t in spent) for name, spent in times.items()} for k in (0, 1))
-    report.add("f", "import and load, over timm's", ratio(both, "ours", "timm"), 1.15, timm_import_s=imports["timm"],
-               ours_import_s=imports["ours"], timm_load_s=loads["timm"], ours_load_s=loads["ours"])
+    report.add(
+        "f",
+        "import and load, over timm's",
+        ratio(both, "ours", "timm"),
+        1.15,
+        timm_import_s=imports["timm"],
+        ours_import_s=imports["ours"],
+        timm_load_s=loads["timm"],
+        ours_load_s=loads["ours"],
+    )
 
 
 # memory -------------------------------------------------------------------------------------------------------
@@ -711,19 +877,35 @@ def measure_memory(report, folder):
         path = folder / f"index{clips}"
         write_cache(path, 80, clips, 100)
         call = f"batches_memory({str(path)!r}, {settings.steps}, {settings.batch})"
-        results[clips] = fresh_process("import json; from training.benchmark import batches_memory; "
-                                       f"print(json.dumps({call}))")
+        results[clips] = fresh_process(
+            f"import json; from training.benchmark import batches_memory; print(json.dumps({call}))"
+        )
     small, large = results[few], results[settings.clips]
-    report.add("memory", "growth of own memory over the steps, MiB", large["own_end"] - large["own_start"], 8,
-               clips=settings.clips, steps=settings.steps, cache_gib=settings.clips * 100 * 80**2 / 2**30,
-               mapped_pages_mib=large["resident_end"] - large["own_end"] - large["resident_start"] + large["own_start"])
-    report.add("memory", "index and splits, KiB a clip",
-               1024 * (large["own_start"] - small["own_start"]) / (settings.clips - few),
-               peak_kib=1024 * (large["peak_start"] - small["peak_start"]) / (settings.clips - few),
-               open_seconds=large["open_seconds"])
-    report.add("memory", "a step's batch from the larger index / from the smaller",
-               large["step_seconds"] / small["step_seconds"], clips=settings.clips, against=few,
-               step_seconds=large["step_seconds"])
+    report.add(
+        "memory",
+        "growth of own memory over the steps, MiB",
+        large["own_end"] - large["own_start"],
+        8,
+        clips=settings.clips,
+        steps=settings.steps,
+        cache_gib=settings.clips * 100 * 80**2 / 2**30,
+        mapped_pages_mib=large["resident_end"] - large["own_end"] - large["resident_start"] + large["own_start"],
+    )
+    report.add(
+        "memory",
+        "index and splits, KiB a clip",
+        1024 * (large["own_start"] - small["own_start"]) / (settings.clips - few),
+        peak_kib=1024 * (large["peak_start"] - small["peak_start"]) / (settings.clips - few),
+        open_seconds=large["open_seconds"],
+    )
+    report.add(
+        "memory",
+        "a step's batch from the larger index / from the smaller",
+        large["step_seconds"] / small["step_seconds"],
+        clips=settings.clips,
+        against=few,
+        step_seconds=large["step_seconds"],
+    )
 
 
 def batches_memory(path, steps, batch):
@@ -737,8 +919,10 @@ def batches_memory(path, steps, batch):
     pairs, clean = configs.Pairs(), configs.Pairs(frames=1)
 
     def load(step):
-        return (data.make_batch(cache, data.train_clips(train, step, batch, 0), pairs, (0, data.TRAIN, step)),
-                data.make_batch(cache, data.meta_clips(held_out, step, batch, 0), clean, (0, data.META, step)))
+        return (
+            data.make_batch(cache, data.train_clips(train, step, batch, 0), pairs, (0, data.TRAIN, step)),
+            data.make_batch(cache, data.meta_clips(held_out, step, batch, 0), clean, (0, data.META, step)),
+        )
 
     warm_up = steps // 10
     for step in range(warm_up):
@@ -747,8 +931,12 @@ def batches_memory(path, steps, batch):
     for step in range(warm_up, warm_up + steps):
         load(step)
     spent, after = time.perf_counter() - start, process_memory()
-    return {"open_seconds": opened, "step_seconds": spent / steps,
-            **{f"{k}_start": v for k, v in before.items()}, **{f"{k}_end": v for k, v in after.items()}}
+    return {
+        "open_seconds": opened,
+        "step_seconds": spent / steps,
+        **{f"{k}_start": v for k, v in before.items()},
+        **{f"{k}_end": v for k, v in after.items()},
+    }
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ out/<settings key>/
   report.json     the last ingest: files that could not be read and why, duplicates, notes
 A single writer appends; whatever an interruption leaves behind the last complete line is cut off at the next start.
 """
+
 import hashlib
 import json
 import os
@@ -27,8 +28,15 @@ from typing import NamedTuple, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from uscl_hub.crop import (SAMPLES, Region, apply_region, before_after_sheet, burned_in_text_suspected,
-                           detect_region, sample)
+from uscl_hub.crop import (
+    SAMPLES,
+    Region,
+    apply_region,
+    before_after_sheet,
+    burned_in_text_suspected,
+    detect_region,
+    sample,
+)
 from uscl_hub.media import Clip, UnreadableClip, find_clips, iter_frames
 from uscl_hub.preprocess import resize
 
@@ -59,37 +67,43 @@ class FrameCache:
     """
 
     def __init__(self, path: Path, size: int, records: Sequence[dict]):
-        records = sorted(records, key=lambda record: record['id'])
+        records = sorted(records, key=lambda record: record["id"])
         self.path, self.size = Path(path), size
-        self.ids = [record['id'] for record in records]
-        self.sources = [sys.intern(record['source']) for record in records]
-        self.sha256 = [record['sha256'] for record in records]
-        self.lengths = np.array([record['frames'] for record in records], np.int64)
-        self.offsets = np.array([record['offset'] for record in records], np.int64)
-        self.fps = np.array([record['fps'] or np.nan for record in records], np.float32)
+        self.ids = [record["id"] for record in records]
+        self.sources = [sys.intern(record["source"]) for record in records]
+        self.sha256 = [record["sha256"] for record in records]
+        self.lengths = np.array([record["frames"] for record in records], np.int64)
+        self.offsets = np.array([record["offset"] for record in records], np.int64)
+        self.fps = np.array([record["fps"] or np.nan for record in records], np.float32)
 
     @classmethod
-    def open(cls, path: Path | str) -> 'FrameCache':
+    def open(cls, path: Path | str) -> "FrameCache":
         """The cache in `path`: a settings folder, or the folder around exactly one. Identical contents count once."""
         path = Path(path)
-        if not (path / 'settings.json').is_file():
-            inside = sorted(path.glob('*/settings.json'))
+        if not (path / "settings.json").is_file():
+            inside = sorted(path.glob("*/settings.json"))
             if len(inside) != 1:
-                raise CacheError(f'{path}: ' + ('holds no frame cache; run the ingest first' if not inside else
-                                 f'holds {len(inside)} caches with different settings; name one: '
-                                 + ', '.join(p.parent.name for p in inside)))
+                raise CacheError(
+                    f"{path}: "
+                    + (
+                        "holds no frame cache; run the ingest first"
+                        if not inside
+                        else f"holds {len(inside)} caches with different settings; name one: "
+                        + ", ".join(p.parent.name for p in inside)
+                    )
+                )
             path = inside[0].parent
-        size = json.loads((path / 'settings.json').read_text())['size']
+        size = json.loads((path / "settings.json").read_text())["size"]
         lines, _ = _read_index(path, size)
         return cls(path, size, _unique(lines.values())[0])
 
     @cached_property
     def frames(self) -> np.ndarray:
-        file = self.path / 'frames.u8'
+        file = self.path / "frames.u8"
         total = file.stat().st_size // self.size**2 if file.exists() else 0
         if total == 0:
             return np.empty((0, self.size, self.size), np.uint8)
-        return np.memmap(file, np.uint8, 'r', shape=(total, self.size, self.size))
+        return np.memmap(file, np.uint8, "r", shape=(total, self.size, self.size))
 
     @cached_property
     def clips(self) -> list[ClipRecord]:
@@ -97,28 +111,36 @@ class FrameCache:
 
     def record(self, i: int) -> ClipRecord:
         fps = float(self.fps[i])
-        return ClipRecord(self.ids[i], self.sources[i], self.sha256[i], int(self.lengths[i]), int(self.offsets[i]),
-                          None if np.isnan(fps) else fps)
+        return ClipRecord(
+            self.ids[i],
+            self.sources[i],
+            self.sha256[i],
+            int(self.lengths[i]),
+            int(self.offsets[i]),
+            None if np.isnan(fps) else fps,
+        )
 
     def clip(self, i: int) -> np.ndarray:
         """uint8 (T, size, size), a view of the memory map."""
-        return self.frames[self.offsets[i]:self.offsets[i] + self.lengths[i]]
+        return self.frames[self.offsets[i] : self.offsets[i] + self.lengths[i]]
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __repr__(self):
-        return f'FrameCache({self.path}, {len(self)} clips, {int(self.lengths.sum())} frames of {self.size} px)'
+        return f"FrameCache({self.path}, {len(self)} clips, {int(self.lengths.sum())} frames of {self.size} px)"
 
     def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key not in ('frames', 'clips')}
+        return {key: value for key, value in self.__dict__.items() if key not in ("frames", "clips")}
 
 
 # ---------------------------------------------------------------------------------------------------- ingest
 
+
 @dataclass(frozen=True)
 class Settings:
     """What decides the cached frames; its hash names the folder."""
+
     size: int
     crop: str
     max_frames: int | None
@@ -128,11 +150,22 @@ class Settings:
     @property
     def key(self) -> str:
         text = json.dumps(asdict(self), sort_keys=True)
-        return f'{self.size}px-{self.crop}-{hashlib.sha256(text.encode()).hexdigest()[:8]}'
+        return f"{self.size}px-{self.crop}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def ingest(roots, out: Path | str, *, size: int, crop: str = 'crop', max_frames: int | None = None, stride: int = 1,
-           workers: int | None = None, progress: bool = True, min_clips: int = 1, sheets: bool = False) -> FrameCache:
+def ingest(
+    roots,
+    out: Path | str,
+    *,
+    size: int,
+    crop: str = "crop",
+    max_frames: int | None = None,
+    stride: int = 1,
+    workers: int | None = None,
+    progress: bool = True,
+    min_clips: int = 1,
+    sheets: bool = False,
+) -> FrameCache:
     """Decode everything below `roots` into a frame cache below `out`; only what is new or changed is decoded.
 
     roots: folders or files, see `uscl_hub.media.find_clips`. size: pixels of the square frames. crop: 'crop', 'blank'
@@ -145,35 +178,39 @@ def ingest(roots, out: Path | str, *, size: int, crop: str = 'crop', max_frames:
     Raises CacheError if fewer than `min_clips` clips remain, if another process is writing to the same cache, or if
     the cache is damaged; OSError if the disk is full (what is complete stays).
     """
-    if crop not in ('crop', 'blank', 'none'):
+    if crop not in ("crop", "blank", "none"):
         raise ValueError(f"crop {crop!r} is not 'crop', 'blank' or 'none'")
     if size < 1 or stride < 1 or (max_frames is not None and max_frames < 1):
-        raise ValueError(f'size, stride and max_frames must be at least 1, got {size}, {stride} and {max_frames}')
+        raise ValueError(f"size, stride and max_frames must be at least 1, got {size}, {stride} and {max_frames}")
     clips = find_clips(roots)
     settings = Settings(size, crop, max_frames, stride)
     folder = Path(out) / settings.key
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        _write_json(folder / 'settings.json', asdict(settings))
+        _write_json(folder / "settings.json", asdict(settings))
         lines, end = _read_index(folder, size, repair=True)
         failed = _append(clips, lines, end, folder, settings, workers, progress, sheets)
 
     records, same = _unique(lines[clip.id] for clip in clips if clip.id in lines and clip.id not in failed)
     report = {
-        'clips': len(records), 'frames': sum(record['frames'] for record in records), 'found': len(clips),
-        'unreadable': [{'id': name, 'reason': failed[name]} for name in sorted(failed)],
-        'duplicates': [{'id': a, 'same_as': b} for a, b in same],
-        'notes': [{'id': r['id'], 'note': note} for r in records for note in r['notes']],
-        'burned_in_text_suspected': [r['id'] for r in records if r['text']],
+        "clips": len(records),
+        "frames": sum(record["frames"] for record in records),
+        "found": len(clips),
+        "unreadable": [{"id": name, "reason": failed[name]} for name in sorted(failed)],
+        "duplicates": [{"id": a, "same_as": b} for a, b in same],
+        "notes": [{"id": r["id"], "note": note} for r in records for note in r["notes"]],
+        "burned_in_text_suspected": [r["id"] for r in records if r["text"]],
     }
-    _write_json(folder / 'report.json', report)
+    _write_json(folder / "report.json", report)
     if progress:
         _summary(report, folder)
     if len(records) < min_clips:
-        some = ''.join(f'\n  {name}: {failed[name]}' for name in sorted(failed)[:5])
-        where = ', '.join(str(root) for root in ([roots] if isinstance(roots, (str, Path)) else roots))
-        raise CacheError(f'{len(records)} readable clips below {where}, at least {min_clips} needed '
-                         f'({len(failed)} unreadable, see {folder / "report.json"}){some}')
+        some = "".join(f"\n  {name}: {failed[name]}" for name in sorted(failed)[:5])
+        where = ", ".join(str(root) for root in ([roots] if isinstance(roots, (str, Path)) else roots))
+        raise CacheError(
+            f"{len(records)} readable clips below {where}, at least {min_clips} needed "
+            f"({len(failed)} unreadable, see {folder / 'report.json'}){some}"
+        )
     return FrameCache(folder, size, records)
 
 
@@ -185,28 +222,28 @@ def _append(clips, lines, end, folder, settings, workers, progress, sheets) -> d
         try:
             stamp = _stamp(clip)
         except OSError as error:  # vanished since it was listed
-            failed[clip.id] = f'{type(error).__name__}: {error.strerror}'
+            failed[clip.id] = f"{type(error).__name__}: {error.strerror}"
             continue
-        if clip.id not in lines or lines[clip.id]['stamp'] != stamp:
+        if clip.id not in lines or lines[clip.id]["stamp"] != stamp:
             todo.append((clip, stamp))
     if not todo:
         return failed
-    by_content = {line['sha256']: line for line in lines.values()}
+    by_content = {line["sha256"]: line for line in lines.values()}
     tiles = []
     writer = _Writer(folder, end)
     try:
         results = _prepared([clip for clip, _ in todo], settings, frozenset(by_content), workers, sheets)
-        for (clip, stamp), result in zip(todo, tqdm(results, 'ingest', len(todo), unit='clip', disable=not progress)):
+        for (clip, stamp), result in zip(todo, tqdm(results, "ingest", len(todo), unit="clip", disable=not progress)):
             if isinstance(result, str):
                 failed[clip.id] = result
                 continue
             about, frames, tile = result
-            line = by_content.get(about['sha256'])
+            line = by_content.get(about["sha256"])
             if line is None:
-                about['offset'] = writer.frames(frames)
+                about["offset"] = writer.frames(frames)
                 line = about
             line = dict(line, id=clip.id, source=clip.source, stamp=stamp)
-            by_content.setdefault(line['sha256'], line)
+            by_content.setdefault(line["sha256"], line)
             lines[clip.id] = line
             writer.line(line)
             if tile is not None:
@@ -214,8 +251,8 @@ def _append(clips, lines, end, folder, settings, workers, progress, sheets) -> d
     finally:
         writer.close()
     for i in range(0, len(tiles), 40):
-        (folder / 'sheets').mkdir(exist_ok=True)
-        before_after_sheet(tiles[i:i + 40], folder / 'sheets' / f'{i // 40:03d}.png')
+        (folder / "sheets").mkdir(exist_ok=True)
+        before_after_sheet(tiles[i : i + 40], folder / "sheets" / f"{i // 40:03d}.png")
     return failed
 
 
@@ -224,30 +261,30 @@ class _Writer:
 
     def __init__(self, folder: Path, end: int):
         self.folder, self.end, self.pending, self.last = folder, end, [], time.monotonic()
-        self.data = open(folder / 'frames.u8', 'ab', buffering=0)
-        self.index = open(folder / 'index.jsonl', 'ab', buffering=0)
+        self.data = open(folder / "frames.u8", "ab", buffering=0)
+        self.index = open(folder / "index.jsonl", "ab", buffering=0)
 
     def frames(self, frames: np.ndarray) -> int:
         offset = self.end
-        view = memoryview(np.ascontiguousarray(frames)).cast('B')
-        with self._disk('frames.u8'):
+        view = memoryview(np.ascontiguousarray(frames)).cast("B")
+        with self._disk("frames.u8"):
             while view:
-                view = view[self.data.write(view):]
+                view = view[self.data.write(view) :]
         self.end += len(frames)
         return offset
 
     def line(self, line: dict):
-        self.pending.append(json.dumps(line, ensure_ascii=True) + '\n')
+        self.pending.append(json.dumps(line, ensure_ascii=True) + "\n")
         if time.monotonic() - self.last > _FLUSH_SECONDS:
             self.flush()
 
     def flush(self):
-        with self._disk('index.jsonl'):
+        with self._disk("index.jsonl"):
             os.fsync(self.data.fileno())
-            view = memoryview(''.join(self.pending).encode())
+            view = memoryview("".join(self.pending).encode())
             self.pending = []
             while view:
-                view = view[self.index.write(view):]
+                view = view[self.index.write(view) :]
             os.fsync(self.index.fileno())
         self.last = time.monotonic()
 
@@ -263,8 +300,12 @@ class _Writer:
         try:
             yield
         except OSError as error:
-            raise OSError(error.errno, f'cannot write the frame cache ({error.strerror}); the clips written so far '
-                          'are kept: free some space and run it again', str(self.folder / name)) from error
+            raise OSError(
+                error.errno,
+                f"cannot write the frame cache ({error.strerror}); the clips written so far "
+                "are kept: free some space and run it again",
+                str(self.folder / name),
+            ) from error
 
 
 def _read_index(folder: Path, size: int, repair: bool = False) -> tuple[dict[str, dict], int]:
@@ -273,21 +314,21 @@ def _read_index(folder: Path, size: int, repair: bool = False) -> tuple[dict[str
     With `repair` (the one writer), an unfinished last line and frames without a line are cut off; a reader just
     leaves them aside.
     """
-    index, data = folder / 'index.jsonl', folder / 'frames.u8'
-    text = index.read_bytes() if index.exists() else b''
-    complete = text[:text.rfind(b'\n') + 1]
+    index, data = folder / "index.jsonl", folder / "frames.u8"
+    text = index.read_bytes() if index.exists() else b""
+    complete = text[: text.rfind(b"\n") + 1]
     have = data.stat().st_size // size**2 if data.exists() else 0
     lines, end = {}, 0
     for number, row in enumerate(complete.splitlines(), start=1):
         try:
             line = json.loads(row)
-            stop = line['offset'] + line['frames']
-            lines[line['id']] = line
+            stop = line["offset"] + line["frames"]
+            lines[line["id"]] = line
         except (ValueError, KeyError, TypeError) as error:
-            raise CacheError(f'{index}, line {number} is damaged: delete {folder} and ingest again') from error
+            raise CacheError(f"{index}, line {number} is damaged: delete {folder} and ingest again") from error
         end = max(end, stop)
     if end > have:
-        raise CacheError(f'{data} ends at frame {have} but its index needs {end}: delete {folder} and ingest again')
+        raise CacheError(f"{data} ends at frame {have} but its index needs {end}: delete {folder} and ingest again")
     if repair:
         if len(complete) < len(text):
             os.truncate(index, len(complete))
@@ -299,21 +340,24 @@ def _read_index(folder: Path, size: int, repair: bool = False) -> tuple[dict[str
 def _unique(lines) -> tuple[list[dict], list[tuple[str, str]]]:
     """One line for each content, the first by id; and the (id, id it equals) of the others."""
     first, same = {}, []
-    for line in sorted(lines, key=lambda line: line['id']):
-        kept = first.setdefault(line['sha256'], line)
+    for line in sorted(lines, key=lambda line: line["id"]):
+        kept = first.setdefault(line["sha256"], line)
         if kept is not line:
-            same.append((line['id'], kept['id']))
+            same.append((line["id"], kept["id"]))
     return list(first.values()), same
 
 
 @contextmanager
 def _locked(folder: Path):
     from filelock import FileLock, Timeout
-    lock = FileLock(folder / '.lock', timeout=0)
+
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise CacheError(f'{folder}: another process is writing to this cache; wait for it or use another folder') from None
+        raise CacheError(
+            f"{folder}: another process is writing to this cache; wait for it or use another folder"
+        ) from None
     try:
         yield
     finally:
@@ -321,8 +365,8 @@ def _locked(folder: Path):
 
 
 def _write_json(path: Path, value):
-    part = path.with_name(f'.{path.name}.part')
-    part.write_text(json.dumps(value, indent=1) + '\n')
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(part, path)
 
 
@@ -333,15 +377,19 @@ def _stamp(clip: Clip) -> list[int]:
 
 
 def _summary(report: dict, folder: Path):
-    print(f'{report["clips"]} clips, {report["frames"]} frames in {folder}', file=sys.stderr)
-    for key, text in (('unreadable', 'could not be read'), ('duplicates', 'are copies of another clip: left out'),
-                      ('notes', 'were read with a note'),
-                      ('burned_in_text_suspected', 'may still show burned-in text: look at them before sharing')):
+    print(f"{report['clips']} clips, {report['frames']} frames in {folder}", file=sys.stderr)
+    for key, text in (
+        ("unreadable", "could not be read"),
+        ("duplicates", "are copies of another clip: left out"),
+        ("notes", "were read with a note"),
+        ("burned_in_text_suspected", "may still show burned-in text: look at them before sharing"),
+    ):
         if report[key]:
-            print(f'  {len(report[key])} {text} (report.json)', file=sys.stderr)
+            print(f"  {len(report[key])} {text} (report.json)", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------- worker processes
+
 
 def _prepared(clips: list[Clip], settings: Settings, known: frozenset, workers: int | None, sheets: bool):
     """Yields, in the order of `clips`, (index line, frames, tile) or the reason why a clip cannot be read.
@@ -383,17 +431,18 @@ def _alone(clip, settings, known, sheets):
     try:
         return pool.submit(_prepare, clip, settings, known, sheets).result()
     except BrokenProcessPool:
-        return f'the decoder crashed, or took more than {_CLIP_SECONDS} s'
+        return f"the decoder crashed, or took more than {_CLIP_SECONDS} s"
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _pool(count: int) -> ProcessPoolExecutor:
     import multiprocessing
-    method = 'forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn'
+
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
-    if method == 'forkserver':  # the imports happen once, not once a worker
-        context.set_forkserver_preload(['uscl_hub.media', 'uscl_hub.crop'])
+    if method == "forkserver":  # the imports happen once, not once a worker
+        context.set_forkserver_preload(["uscl_hub.media", "uscl_hub.crop"])
     return ProcessPoolExecutor(count, context, _start_worker)
 
 
@@ -401,6 +450,7 @@ def _start_worker():
     """A worker ignores Ctrl-C, which the parent handles, and ends when its parent is killed."""
     import multiprocessing
     from multiprocessing.connection import wait
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
@@ -414,24 +464,29 @@ def _start_worker():
 def _prepare(clip: Clip, settings: Settings, known: frozenset, sheets: bool):
     """One clip: its index line (without the offset), its frames uint8 (T, size, size) unless the content is already
     known, and, if wanted, its tile for the sheet. A str is the reason why it cannot be read."""
-    limited = hasattr(signal, 'alarm') and threading.current_thread() is threading.main_thread()
+    limited = hasattr(signal, "alarm") and threading.current_thread() is threading.main_thread()
     if limited and _in_worker():
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process: a hung decoder sees no exception
         signal.alarm(_CLIP_SECONDS)
     try:
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter('always')
+            warnings.simplefilter("always")
             sha256 = _hash(clip)
             if sha256 in known:
-                return {'sha256': sha256}, None, None
+                return {"sha256": sha256}, None, None
             frames, about, tile = _read(clip, settings, sheets)
-        notes = sorted({' '.join(str(w.message).split())[:200] for w in caught if w.category is UserWarning
-                        and w.filename.endswith(('media.py', 'cache.py'))})
+        notes = sorted(
+            {
+                " ".join(str(w.message).split())[:200]
+                for w in caught
+                if w.category is UserWarning and w.filename.endswith(("media.py", "cache.py"))
+            }
+        )
         return dict(about, sha256=sha256, frames=len(frames), notes=notes), frames, tile
     except UnreadableClip as error:
         return error.reason
     except OSError as error:
-        return f'{type(error).__name__}: {error.strerror or error}'
+        return f"{type(error).__name__}: {error.strerror or error}"
     finally:
         if limited and _in_worker():
             signal.alarm(0)
@@ -439,15 +494,19 @@ def _prepare(clip: Clip, settings: Settings, known: frozenset, sheets: bool):
 
 def _in_worker() -> bool:
     import multiprocessing
+
     return multiprocessing.parent_process() is not None
 
 
 def _hash(clip: Clip) -> str:
     whole = hashlib.sha256()
     for path in clip.files:
-        with open(path, 'rb') as file:
-            whole.update(hashlib.file_digest(file, 'sha256').digest() if hasattr(hashlib, 'file_digest')
-                         else hashlib.sha256(file.read()).digest())
+        with open(path, "rb") as file:
+            whole.update(
+                hashlib.file_digest(file, "sha256").digest()
+                if hasattr(hashlib, "file_digest")
+                else hashlib.sha256(file.read()).digest()
+            )
     return whole.hexdigest()
 
 
@@ -465,13 +524,21 @@ def _read(clip: Clip, settings: Settings, sheets: bool):
         if held is None and len(few) * frame.nbytes > _KEEP_BYTES:
             few = few[::2]
     looked_at = sample(held if held is not None else few)
-    region = detect_region(looked_at) if settings.crop != 'none' else Region(0, looked_at.shape[1], 0, looked_at.shape[2])
+    region = (
+        detect_region(looked_at) if settings.crop != "none" else Region(0, looked_at.shape[1], 0, looked_at.shape[2])
+    )
     source = held if held is not None else (f for f, _ in iter_frames(clip, settings.max_frames, settings.stride))
     frames = np.empty((total, settings.size, settings.size), np.uint8)
     for i, frame in enumerate(source):
         frames[i] = resize(np.ascontiguousarray(apply_region(frame, region, settings.crop)), settings.size)
     after = apply_region(looked_at, region, settings.crop)
-    about = {'fps': fps, 'region': list(region.box), 'masked': region.mask is not None,
-             'height': looked_at.shape[1], 'width': looked_at.shape[2], 'text': burned_in_text_suspected(after)}
+    about = {
+        "fps": fps,
+        "region": list(region.box),
+        "masked": region.mask is not None,
+        "height": looked_at.shape[1],
+        "width": looked_at.shape[2],
+        "text": burned_in_text_suspected(after),
+    }
     middle = len(looked_at) // 2
     return frames, about, (looked_at[middle], region, after[middle]) if sheets else None

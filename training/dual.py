@@ -63,9 +63,9 @@ class _BatchNormPerView(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        outputs, means, rstds = zip(*(
-            torch.native_batch_norm(v, weight, bias, None, None, True, 0.0, eps) for v in x.chunk(VIEWS)
-        ))
+        outputs, means, rstds = zip(
+            *(torch.native_batch_norm(v, weight, bias, None, None, True, 0.0, eps) for v in x.chunk(VIEWS))
+        )
         ctx.save_for_backward(x, weight, *means, *rstds)
         ctx.eps = eps
         mean, rstd = torch.stack(means), torch.stack(rstds)
@@ -76,14 +76,14 @@ class _BatchNormPerView(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _mean, _rstd):
         x, weight, *statistics = ctx.saved_tensors
-        dx, dweight, dbias = zip(*(
-            torch.ops.aten.native_batch_norm_backward(
-                g, v, weight, None, None, mean, rstd, True, ctx.eps, [True, True, True]
+        dx, dweight, dbias = zip(
+            *(
+                torch.ops.aten.native_batch_norm_backward(
+                    g, v, weight, None, None, mean, rstd, True, ctx.eps, [True, True, True]
+                )
+                for g, v, mean, rstd in zip(grad.chunk(VIEWS), x.chunk(VIEWS), statistics[:VIEWS], statistics[VIEWS:])
             )
-            for g, v, mean, rstd in zip(
-                grad.chunk(VIEWS), x.chunk(VIEWS), statistics[:VIEWS], statistics[VIEWS:]
-            )
-        ))
+        )
         affine = weight is not None
         return torch.cat(dx), sum(dweight) if affine else None, sum(dbias) if affine else None, None
 

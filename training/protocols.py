@@ -3,6 +3,7 @@
 Each protocol trains on the frames of some folds and returns class probabilities of the frames of another. Choices
 (the regularisation) are made inside the training folds, by group; nothing looks at the test fold.
 """
+
 import copy
 import hashlib
 import os
@@ -27,14 +28,19 @@ from training.backbones import Backbone
 from training.tasks import Frames, TaskError, label_subset
 from uscl_hub.preprocess import normalise
 
-FROZEN = ('knn', 'linear')
-PROTOCOLS = {'knn': 'kNN (k = 20, cosine)', 'linear': 'linear probe', 'finetune_last': 'fine-tune last block',
-             'finetune_full': 'fine-tune all'}
+FROZEN = ("knn", "linear")
+PROTOCOLS = {
+    "knn": "kNN (k = 20, cosine)",
+    "linear": "linear probe",
+    "finetune_last": "fine-tune last block",
+    "finetune_full": "fine-tune all",
+}
 
 
 @dataclass
 class FineTune:
     """One fine-tuning recipe: Adam at a constant rate, cross-entropy on frames, no choice made on the test fold."""
+
     epochs: int
     lr: float
     batch: int
@@ -49,67 +55,75 @@ def to_input(images: np.ndarray, backbone: Backbone) -> torch.Tensor:
 
 # ----------------------------------------------------------------------------------------- features, computed once
 
+
 @torch.inference_mode()
 def compute(forward: Callable, backbone: Backbone, images: np.ndarray, device: str, batch: int = 128) -> torch.Tensor:
     """forward over all images, float32 on the CPU."""
     backbone.model.to(device).eval()
-    return torch.cat([forward(to_input(images[i:i + batch], backbone).to(device)).float().cpu()
-                      for i in range(0, len(images), batch)])
+    return torch.cat(
+        [
+            forward(to_input(images[i : i + batch], backbone).to(device)).float().cpu()
+            for i in range(0, len(images), batch)
+        ]
+    )
 
 
 def features(backbone: Backbone, frames: Frames, cache: Path, device: str) -> np.ndarray:
     """float32 (N, d) of all frames, cached by the weights' hash and the frames'. Raises ValueError if not finite."""
     normalisation = hashlib.sha256(repr((backbone.mean, backbone.std)).encode()).hexdigest()[:6]
-    file = Path(cache) / f'features-{backbone.sha[:16]}-{normalisation}-{frames.key}.npy'
+    file = Path(cache) / f"features-{backbone.sha[:16]}-{normalisation}-{frames.key}.npy"
     if not file.exists():
         values = compute(backbone.model, backbone, frames.images, device).numpy()
         save_atomically(file, lambda out: np.save(out, values))
     values = np.load(file)
     if not np.isfinite(values).all():
-        raise ValueError(f'{backbone.name} ({backbone.spec}): its features are not finite; the checkpoint is broken')
+        raise ValueError(f"{backbone.name} ({backbone.spec}): its features are not finite; the checkpoint is broken")
     return values
 
 
 def save_atomically(file: Path, write: Callable):
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f'{file.name}.{os.getpid()}.tmp')
-    with open(partial, 'wb') as out:
+    partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    with open(partial, "wb") as out:
         write(out)
     os.replace(partial, file)
 
 
 # ------------------------------------------------------------------------------------------------ frozen features
 
+
 def knn(train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, k: int = 20) -> np.ndarray:
     """Share of each class among the k training frames of highest cosine similarity, float (M, classes)."""
     if len(train) < k:
-        raise TaskError(f'kNN needs at least {k} training frames, there are {len(train)}; use a larger label fraction')
-    model = KNeighborsClassifier(k, metric='cosine', algorithm='brute').fit(train, labels)
+        raise TaskError(f"kNN needs at least {k} training frames, there are {len(train)}; use a larger label fraction")
+    model = KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(train, labels)
     return _columns(model.predict_proba(test), model.classes_, classes)
 
 
-def linear(train: np.ndarray, labels: np.ndarray, groups: np.ndarray, test: np.ndarray, classes: int,
-           seed: int) -> np.ndarray:
+def linear(
+    train: np.ndarray, labels: np.ndarray, groups: np.ndarray, test: np.ndarray, classes: int, seed: int
+) -> np.ndarray:
     """Logistic regression on standardised features, float (M, classes).
 
     C in 1e-4 .. 1e2 is the best macro-F1 of 3 folds by group within the training frames; with a class in fewer than
     2 training groups there is nothing to choose on, and C is 1e-2.
     """
     smallest = min(len(set(groups[labels == c])) for c in range(classes))
-    search = {'Cs': [1e-2], 'cv': [(np.arange(len(labels)),) * 2]}
+    search = {"Cs": [1e-2], "cv": [(np.arange(len(labels)),) * 2]}
     if smallest >= 2:
         splitter = StratifiedGroupKFold(min(3, smallest), shuffle=True, random_state=seed)
-        search = {'Cs': np.logspace(-4, 2, 7), 'cv': list(splitter.split(train, labels, groups))}
-    model = LogisticRegressionCV(**search, scoring=_macro_f1, max_iter=300, use_legacy_attributes=False,
-                                 l1_ratios=(0.0,))
+        search = {"Cs": np.logspace(-4, 2, 7), "cv": list(splitter.split(train, labels, groups))}
+    model = LogisticRegressionCV(
+        **search, scoring=_macro_f1, max_iter=300, use_legacy_attributes=False, l1_ratios=(0.0,)
+    )
     with warnings.catch_warnings():  # a weakly regularised candidate that has not converged may still be compared
-        warnings.simplefilter('ignore', ConvergenceWarning)
+        warnings.simplefilter("ignore", ConvergenceWarning)
         pipeline = make_pipeline(StandardScaler(), model).fit(train, labels)
     return _columns(pipeline.predict_proba(test), pipeline.classes_, classes)
 
 
 def _macro_f1(model, x, y) -> float:
-    return f1_score(y, model.predict(x), average='macro')
+    return f1_score(y, model.predict(x), average="macro")
 
 
 def _columns(probabilities: np.ndarray, present: np.ndarray, classes: int) -> np.ndarray:
@@ -120,16 +134,19 @@ def _columns(probabilities: np.ndarray, present: np.ndarray, classes: int) -> np
 
 # --------------------------------------------------------------------------------------------------- fine-tuning
 
+
 def last_block(model: nn.Module) -> tuple[nn.Module, Callable]:
     """The last block of a timm model without classifier, and what follows it up to the pooled features."""
-    if hasattr(model, 'layer4'):  # ResNets
+    if hasattr(model, "layer4"):  # ResNets
         return model.layer4[-1], model.forward_head
-    if hasattr(model, 'stages') and hasattr(model, 'norm_pre'):  # ConvNeXt
+    if hasattr(model, "stages") and hasattr(model, "norm_pre"):  # ConvNeXt
         return model.stages[-1].blocks[-1], lambda x: model.forward_head(model.norm_pre(x))
-    if isinstance(getattr(model, 'blocks', None), nn.Sequential) and hasattr(model, 'norm'):  # vision transformers
+    if isinstance(getattr(model, "blocks", None), nn.Sequential) and hasattr(model, "norm"):  # vision transformers
         return model.blocks[-1], lambda x: model.forward_head(model.norm(x))
-    raise ValueError(f"the last block of a {type(model).__name__} is not known here; leave 'finetune_last' out of "
-                     '--protocols (ResNets, ConvNeXt and vision transformers have it)')
+    raise ValueError(
+        f"the last block of a {type(model).__name__} is not known here; leave 'finetune_last' out of "
+        "--protocols (ResNets, ConvNeXt and vision transformers have it)"
+    )
 
 
 def before_last_block(backbone: Backbone, images: np.ndarray, device: str) -> torch.Tensor:
@@ -142,6 +159,7 @@ def before_last_block(backbone: Backbone, images: np.ndarray, device: str) -> to
         entered.clear()
         backbone.model(x)
         return entered[0]
+
     try:
         return compute(forward, backbone, images, device)
     finally:
@@ -168,8 +186,15 @@ class _Whole(nn.Module):
         return self.head(self.model(x))
 
 
-def finetune(model: nn.Module, train: torch.Tensor, labels: np.ndarray, test: torch.Tensor, recipe: FineTune, seed: int,
-             device: str) -> np.ndarray:
+def finetune(
+    model: nn.Module,
+    train: torch.Tensor,
+    labels: np.ndarray,
+    test: torch.Tensor,
+    recipe: FineTune,
+    seed: int,
+    device: str,
+) -> np.ndarray:
     """Train all parameters of `model` (inputs to logits) and return the last epoch's probabilities of `test`."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -194,15 +219,28 @@ def finetune(model: nn.Module, train: torch.Tensor, labels: np.ndarray, test: to
         with torch.inference_mode():
             logits = torch.cat([model(x.to(device)).double().cpu() for x in test.split(256)])
     if not torch.isfinite(logits).all():
-        raise FloatingPointError(f'fine-tuning diverged (lr {recipe.lr}): lower its learning rate')
+        raise FloatingPointError(f"fine-tuning diverged (lr {recipe.lr}): lower its learning rate")
     return logits.softmax(1).numpy()
 
 
 # ------------------------------------------------------------------------------------------------ out-of-fold runs
 
-def out_of_fold(protocol: str, inputs, labels: np.ndarray, groups: np.ndarray, folds: np.ndarray, item: np.ndarray,
-                classes: int, fraction: float, seed: int, backbone: Backbone, recipe: FineTune | None,
-                device: str, done: Callable = lambda: None) -> np.ndarray:
+
+def out_of_fold(
+    protocol: str,
+    inputs,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    folds: np.ndarray,
+    item: np.ndarray,
+    classes: int,
+    fraction: float,
+    seed: int,
+    backbone: Backbone,
+    recipe: FineTune | None,
+    device: str,
+    done: Callable = lambda: None,
+) -> np.ndarray:
     """Class probabilities of every frame, each from a model that has seen neither its group nor its fold.
 
     inputs: features (N, d) for frozen protocols, activations before the last block for finetune_last, images
@@ -217,24 +255,25 @@ def out_of_fold(protocol: str, inputs, labels: np.ndarray, groups: np.ndarray, f
         y, g = labels[item[train]], groups[item[train]]
         assert not set(g) & set(groups[item[test]])
         if len(set(y)) < classes:
-            raise TaskError(f'fold {fold}: {fraction:.0%} of the labels leave a class without a training item')
-        if protocol == 'knn':
+            raise TaskError(f"fold {fold}: {fraction:.0%} of the labels leave a class without a training item")
+        if protocol == "knn":
             result[test] = knn(inputs[train], y, inputs[test], classes)
-        elif protocol == 'linear':
+        elif protocol == "linear":
             result[test] = linear(inputs[train], y, g, inputs[test], classes, seed)
-        elif protocol == 'finetune_last':
+        elif protocol == "finetune_last":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model = _Tail(backbone.model, classes)
             result[test] = finetune(model, inputs[train], y, inputs[test], recipe, seed, device)
-        elif protocol == 'finetune_full':
+        elif protocol == "finetune_full":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model = _Whole(backbone.model, classes)
-            result[test] = finetune(model, to_input(inputs[train], backbone), y, to_input(inputs[test], backbone),
-                                    recipe, seed, device)
+            result[test] = finetune(
+                model, to_input(inputs[train], backbone), y, to_input(inputs[test], backbone), recipe, seed, device
+            )
         else:
-            raise ValueError(f'no protocol {protocol!r}: choose from {", ".join(PROTOCOLS)}')
+            raise ValueError(f"no protocol {protocol!r}: choose from {', '.join(PROTOCOLS)}")
         done()
     return result
 

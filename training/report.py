@@ -1,6 +1,7 @@
 """The report of an evaluation, from its folder's results.json and arrays.npz: Markdown, plots, one HTML page, tables
 of a model card. `python training/report.py FOLDER` writes it again.
 """
+
 import base64
 import html
 import json
@@ -12,130 +13,202 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import matplotlib  # noqa: E402
 
-matplotlib.use('Agg')
+matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay  # noqa: E402
 
-BEGIN, END = '<!-- results:begin -->', '<!-- results:end -->'
-NAMES = {'knn': 'kNN', 'linear': 'linear', 'finetune_last': 'fine-tune last block', 'finetune_full': 'fine-tune all',
-         'maskrcnn': 'Mask R-CNN', 'unet': 'U-Net'}
-HEADLINE = ('accuracy', 'balanced accuracy', 'macro-F1', 'AUROC')
-SEGMENTATION = ('Dice', 'PPV', 'sensitivity', 'COCO AP', 'COCO AP50')
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+NAMES = {
+    "knn": "kNN",
+    "linear": "linear",
+    "finetune_last": "fine-tune last block",
+    "finetune_full": "fine-tune all",
+    "maskrcnn": "Mask R-CNN",
+    "unet": "U-Net",
+}
+HEADLINE = ("accuracy", "balanced accuracy", "macro-F1", "AUROC")
+SEGMENTATION = ("Dice", "PPV", "sensitivity", "COCO AP", "COCO AP50")
 
 
 def write(folder: Path):
     """report.md, report.html and figures/*.png beside results.json."""
     folder = Path(folder)
-    result = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
-    with np.load(folder / 'arrays.npz') as saved:
+    result = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    with np.load(folder / "arrays.npz") as saved:
         arrays = dict(saved)
-    figures = draw(result, arrays, folder / 'figures')
-    pictures = '\n\n'.join(f'![{caption}](figures/{path.name})' for path, caption in figures)
-    text = f'# Evaluation of ultrasound backbones\n\n{about(result)}\n\n{markdown_tables(result)}\n\n{data_notes(result)}'
-    (folder / 'report.md').write_text(f'{text}\n\n## Plots\n\n{pictures}\n', encoding='utf-8')
-    (folder / 'report.html').write_text(page(text, figures), encoding='utf-8')
+    figures = draw(result, arrays, folder / "figures")
+    pictures = "\n\n".join(f"![{caption}](figures/{path.name})" for path, caption in figures)
+    text = (
+        f"# Evaluation of ultrasound backbones\n\n{about(result)}\n\n{markdown_tables(result)}\n\n{data_notes(result)}"
+    )
+    (folder / "report.md").write_text(f"{text}\n\n## Plots\n\n{pictures}\n", encoding="utf-8")
+    (folder / "report.html").write_text(page(text, figures), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------- text
 
+
 def interval(estimate: dict, signed: bool = False) -> str:
     """'61.2 [50.3, 70.1]', in points of 100."""
     if estimate is None:
-        return '–'
-    sign = '+' if signed else ''
-    value, low, high = (100 * estimate[key] for key in ('value', 'low', 'high'))
-    return f'{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]'
+        return "–"
+    sign = "+" if signed else ""
+    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
+    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ['---'] * len(head), *rows]
-    return '\n'.join('| ' + ' | '.join(str(cell).replace('|', '\\|') for cell in line) + ' |' for line in lines)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def about(result: dict) -> str:
-    environment = ', '.join(f'{key} {value}' for key, value in result['environment'].items())
+    environment = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
     rows = []
-    for name, b in result['backbones'].items():
-        known = b['provenance']
-        known = ', '.join(f'{key}: {known[key]}' for key in ('method', 'steps', 'seed') if key in known) \
-            if isinstance(known, dict) else known
-        rows.append([name, b['architecture'], b['px'], ', '.join(sha[:12] for sha in b['sha']),
-                     'untrained' if b['spec'].startswith('random:') else f'pretraining {known}'])
-    text = (f'{result["created"]} by `{result["command"]}`; {environment}. Folds by group: '
-            f'{result["config"]["folds"]}; seeds: {", ".join(map(str, result["config"]["seeds"]))}. Brackets hold the '
-            f'95 % interval of a bootstrap over groups ({result["config"]["draws"]} draws), folds and seeds pooled. '
-            'Several seeds repeat the folds, not the patients: they do not narrow what few patients leave open.\n\n')
-    text += table(['backbone', 'architecture', 'px', 'weights (sha256)', 'origin'], rows)
-    for refusal in result['refused']:
-        text += (f'\n\n**Refused:** {refusal["backbone"]} on {refusal["task"]}: it was pretrained on {refusal["groups"]} '
-                 'of the groups that this task tests.')
+    for name, b in result["backbones"].items():
+        known = b["provenance"]
+        known = (
+            ", ".join(f"{key}: {known[key]}" for key in ("method", "steps", "seed") if key in known)
+            if isinstance(known, dict)
+            else known
+        )
+        rows.append(
+            [
+                name,
+                b["architecture"],
+                b["px"],
+                ", ".join(sha[:12] for sha in b["sha"]),
+                "untrained" if b["spec"].startswith("random:") else f"pretraining {known}",
+            ]
+        )
+    text = (
+        f"{result['created']} by `{result['command']}`; {environment}. Folds by group: "
+        f"{result['config']['folds']}; seeds: {', '.join(map(str, result['config']['seeds']))}. Brackets hold the "
+        f"95 % interval of a bootstrap over groups ({result['config']['draws']} draws), folds and seeds pooled. "
+        "Several seeds repeat the folds, not the patients: they do not narrow what few patients leave open.\n\n"
+    )
+    text += table(["backbone", "architecture", "px", "weights (sha256)", "origin"], rows)
+    for refusal in result["refused"]:
+        text += (
+            f"\n\n**Refused:** {refusal['backbone']} on {refusal['task']}: it was pretrained on {refusal['groups']} "
+            "of the groups that this task tests."
+        )
     return text
 
 
 def markdown_tables(result: dict) -> str:
     """The tables of all results and of the paired differences."""
     parts = []
-    for name, task in result['tasks'].items():
-        rows = [r for r in result['results'] if r['task'] == name]
+    for name, task in result["tasks"].items():
+        rows = [r for r in result["results"] if r["task"] == name]
         if not rows:
             continue
-        columns = [m for m in HEADLINE + SEGMENTATION if any(m in r['metrics'] for r in rows)]
-        parts.append(f'## {task["title"]}\n\n{counts(task)}')
-        parts.append(table(
-            ['backbone', 'protocol', 'labels', 'level', 'n', *(f'{m} (%)' for m in columns)],
-            [[r['backbone'], NAMES[r['protocol']], f'{r["fraction"]:.0%}', r['level'], r['n'],
-              *(interval(r['metrics'].get(m)) for m in columns)] for r in rows]))
-        found = [d for d in result['differences'] if d['task'] == name and d['against'] == next(iter(result['backbones']))
-                 and d['metric'] in columns and (d['metric'] in ('macro-F1', 'AUROC') or d['metric'] in SEGMENTATION)]
+        columns = [m for m in HEADLINE + SEGMENTATION if any(m in r["metrics"] for r in rows)]
+        parts.append(f"## {task['title']}\n\n{counts(task)}")
+        parts.append(
+            table(
+                ["backbone", "protocol", "labels", "level", "n", *(f"{m} (%)" for m in columns)],
+                [
+                    [
+                        r["backbone"],
+                        NAMES[r["protocol"]],
+                        f"{r['fraction']:.0%}",
+                        r["level"],
+                        r["n"],
+                        *(interval(r["metrics"].get(m)) for m in columns),
+                    ]
+                    for r in rows
+                ],
+            )
+        )
+        found = [
+            d
+            for d in result["differences"]
+            if d["task"] == name
+            and d["against"] == next(iter(result["backbones"]))
+            and d["metric"] in columns
+            and (d["metric"] in ("macro-F1", "AUROC") or d["metric"] in SEGMENTATION)
+        ]
         if found:
-            parts.append(f'Paired differences from {found[0]["against"]}, same folds and draws ("better" only where the '
-                         'interval excludes 0):')
-            parts.append(table(['backbone', 'protocol', 'labels', 'level', 'metric', 'difference (points)', 'verdict'],
-                               [[d['backbone'], NAMES[d['protocol']], f'{d["fraction"]:.0%}', d['level'], d['metric'],
-                                 interval(d, True), d['verdict']] for d in found]))
-        per_class = [r for r in rows if 'macro-F1' in r['metrics']]
+            parts.append(
+                f'Paired differences from {found[0]["against"]}, same folds and draws ("better" only where the '
+                "interval excludes 0):"
+            )
+            parts.append(
+                table(
+                    ["backbone", "protocol", "labels", "level", "metric", "difference (points)", "verdict"],
+                    [
+                        [
+                            d["backbone"],
+                            NAMES[d["protocol"]],
+                            f"{d['fraction']:.0%}",
+                            d["level"],
+                            d["metric"],
+                            interval(d, True),
+                            d["verdict"],
+                        ]
+                        for d in found
+                    ],
+                )
+            )
+        per_class = [r for r in rows if "macro-F1" in r["metrics"]]
         if per_class:
-            parts.append('By class:')
-            parts.append(table(
-                ['backbone', 'protocol', 'labels', 'level', 'class', 'precision (%)', 'recall (%)', 'F1 (%)'],
-                [[r['backbone'], NAMES[r['protocol']], f'{r["fraction"]:.0%}', r['level'], c,
-                  *(interval(r['metrics'][f'{m} {c}']) for m in ('precision', 'recall', 'F1'))]
-                 for r in per_class for c in task['classes']]))
-    return '\n\n'.join(parts)
+            parts.append("By class:")
+            parts.append(
+                table(
+                    ["backbone", "protocol", "labels", "level", "class", "precision (%)", "recall (%)", "F1 (%)"],
+                    [
+                        [
+                            r["backbone"],
+                            NAMES[r["protocol"]],
+                            f"{r['fraction']:.0%}",
+                            r["level"],
+                            c,
+                            *(interval(r["metrics"][f"{m} {c}"]) for m in ("precision", "recall", "F1")),
+                        ]
+                        for r in per_class
+                        for c in task["classes"]
+                    ],
+                )
+            )
+    return "\n\n".join(parts)
 
 
 def counts(task: dict) -> str:
-    of = ', '.join(f'{n} {c} ({task["groups_by_class"][c]} groups)' for c, n in task['by_class'].items())
-    return (f'{task["found"]} files found, {task["used"]} used, {len(task["excluded"])} excluded (listed below); '
-            f'{task["groups"]} groups; {of}.')
+    of = ", ".join(f"{n} {c} ({task['groups_by_class'][c]} groups)" for c, n in task["by_class"].items())
+    return (
+        f"{task['found']} files found, {task['used']} used, {len(task['excluded'])} excluded (listed below); "
+        f"{task['groups']} groups; {of}."
+    )
 
 
 def data_notes(result: dict) -> str:
     """What was excluded, and what a reader must know of each task."""
-    parts = ['## Data']
-    for task in result['tasks'].values():
-        lines = [f'- {note}' for note in task['notes']]
-        lines += [f'- excluded: {name}: {reason}' for name, reason in task['excluded']]
-        parts.append(f'### {task["title"]}\n\n{counts(task)}\n\n' + '\n'.join(lines))
-    return '\n\n'.join(parts)
+    parts = ["## Data"]
+    for task in result["tasks"].values():
+        lines = [f"- {note}" for note in task["notes"]]
+        lines += [f"- excluded: {name}: {reason}" for name, reason in task["excluded"]]
+        parts.append(f"### {task['title']}\n\n{counts(task)}\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def update_model_card(path: Path, result: dict):
     """Replace what stands between the markers of a model card. Raises ValueError if it lacks them."""
-    text = path.read_text(encoding='utf-8') if path.exists() else f'# Model card\n\n{BEGIN}\n{END}\n'
+    text = path.read_text(encoding="utf-8") if path.exists() else f"# Model card\n\n{BEGIN}\n{END}\n"
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f'{path}: needs one line {BEGIN} and after it one line {END}, around its result tables')
+        raise ValueError(f"{path}: needs one line {BEGIN} and after it one line {END}, around its result tables")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    note = '*Written by training/evaluate.py; changes by hand are lost.*'
-    body = f'{note}\n\n{about(result)}\n\n{markdown_tables(result)}'
-    partial = path.with_name(path.name + '.tmp')
-    partial.write_text(f'{before}{BEGIN}\n{body}\n{END}{after}', encoding='utf-8')
+    note = "*Written by training/evaluate.py; changes by hand are lost.*"
+    body = f"{note}\n\n{about(result)}\n\n{markdown_tables(result)}"
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
     os.replace(partial, path)
 
 
 # --------------------------------------------------------------------------------------------------------- plots
+
 
 def draw(result: dict, arrays: dict, folder: Path) -> list[tuple[Path, str]]:
     """All plots as PNG, with their captions."""
@@ -143,87 +216,118 @@ def draw(result: dict, arrays: dict, folder: Path) -> list[tuple[Path, str]]:
     drawn = []
 
     def save(figure, name, caption):
-        figure.savefig(folder / f'{name}.png', dpi=110, bbox_inches='tight')
+        figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
         plt.close(figure)
-        drawn.append((folder / f'{name}.png', caption))
+        drawn.append((folder / f"{name}.png", caption))
 
-    for name, task in result['tasks'].items():
-        rows = [r for r in result['results'] if r['task'] == name and r['level'] != 'frame']
+    for name, task in result["tasks"].items():
+        rows = [r for r in result["results"] if r["task"] == name and r["level"] != "frame"]
         if not rows:
             continue
-        metric = 'macro-F1' if 'macro-F1' in rows[0]['metrics'] else 'Dice'
-        save(bars(rows, metric, task['title']), f'{name}_bars', f'{task["title"]}: {metric} with 95 % intervals')
-        if metric == 'Dice':
-            shown = {key: value for key, value in arrays.items() if key.startswith(f'overlay/{name}/')}
-            save(overlays(shown), f'{name}_overlays', f'{task["title"]}: reference (green), prediction of a model that '
-                 'has not seen the image (red)')
+        metric = "macro-F1" if "macro-F1" in rows[0]["metrics"] else "Dice"
+        save(bars(rows, metric, task["title"]), f"{name}_bars", f"{task['title']}: {metric} with 95 % intervals")
+        if metric == "Dice":
+            shown = {key: value for key, value in arrays.items() if key.startswith(f"overlay/{name}/")}
+            save(
+                overlays(shown),
+                f"{name}_overlays",
+                f"{task['title']}: reference (green), prediction of a model that has not seen the image (red)",
+            )
             continue
-        full = [r for r in rows if r['fraction'] == max(x['fraction'] for x in rows)]
-        save(confusions(full, task['classes']), f'{name}_confusion', f'{task["title"]}: confusion, row by row in %')
-        save(roc(full, task['classes'], arrays, name), f'{name}_roc', f'{task["title"]}: ROC, each class against the rest')
-        save(embeddings(arrays, name, task['classes']), f'{name}_tsne', f'{task["title"]}: t-SNE of the frozen features')
-        if len({r['fraction'] for r in rows}) > 1:
-            save(label_curves(rows, task['title']), f'{name}_labels', f'{task["title"]}: macro-F1 by share of labels')
+        full = [r for r in rows if r["fraction"] == max(x["fraction"] for x in rows)]
+        save(confusions(full, task["classes"]), f"{name}_confusion", f"{task['title']}: confusion, row by row in %")
+        save(
+            roc(full, task["classes"], arrays, name),
+            f"{name}_roc",
+            f"{task['title']}: ROC, each class against the rest",
+        )
+        save(
+            embeddings(arrays, name, task["classes"]), f"{name}_tsne", f"{task['title']}: t-SNE of the frozen features"
+        )
+        if len({r["fraction"] for r in rows}) > 1:
+            save(label_curves(rows, task["title"]), f"{name}_labels", f"{task['title']}: macro-F1 by share of labels")
     return drawn
 
 
 def _error(row: dict, metric: str) -> tuple[float, list[list[float]]]:
-    e = row['metrics'][metric]
-    return 100 * e['value'], [[100 * max(0, e['value'] - e['low'])], [100 * max(0, e['high'] - e['value'])]]
+    e = row["metrics"][metric]
+    return 100 * e["value"], [[100 * max(0, e["value"] - e["low"])], [100 * max(0, e["high"] - e["value"])]]
 
 
 def bars(rows: list[dict], metric: str, title: str):
-    groups = list(dict.fromkeys((r['protocol'], r['fraction']) for r in rows))
-    backbones = list(dict.fromkeys(r['backbone'] for r in rows))
+    groups = list(dict.fromkeys((r["protocol"], r["fraction"]) for r in rows))
+    backbones = list(dict.fromkeys(r["backbone"] for r in rows))
     figure, axis = plt.subplots(figsize=(max(5, 1.4 * len(groups) + 0.5 * len(backbones)), 3.6))
     width = 0.8 / len(backbones)
     for i, backbone in enumerate(backbones):
-        for r in (r for r in rows if r['backbone'] == backbone):
+        for r in (r for r in rows if r["backbone"] == backbone):
             value, error = _error(r, metric)
-            axis.bar(groups.index((r['protocol'], r['fraction'])) + (i - (len(backbones) - 1) / 2) * width, value,
-                     width * 0.92, yerr=error, capsize=3, color=f'C{i}')
-        axis.bar(0, 0, color=f'C{i}', label=backbone)
-    axis.set_xticks(range(len(groups)), [f'{NAMES[p]}\n{f:.0%} of labels' for p, f in groups])
-    axis.set(ylabel=f'{metric} (%)', ylim=(0, 100), title=title)
-    axis.legend(loc='upper center', bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=8, frameon=False)
+            axis.bar(
+                groups.index((r["protocol"], r["fraction"])) + (i - (len(backbones) - 1) / 2) * width,
+                value,
+                width * 0.92,
+                yerr=error,
+                capsize=3,
+                color=f"C{i}",
+            )
+        axis.bar(0, 0, color=f"C{i}", label=backbone)
+    axis.set_xticks(range(len(groups)), [f"{NAMES[p]}\n{f:.0%} of labels" for p, f in groups])
+    axis.set(ylabel=f"{metric} (%)", ylim=(0, 100), title=title)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=8, frameon=False)
     return figure
 
 
 def label_curves(rows: list[dict], title: str):
     figure, axis = plt.subplots(figsize=(5, 3.6))
-    for protocol, backbone in dict.fromkeys((r['protocol'], r['backbone']) for r in rows):
-        line = sorted((r for r in rows if (r['protocol'], r['backbone']) == (protocol, backbone)),
-                      key=lambda r: r['fraction'])
-        values = [_error(r, 'macro-F1') for r in line]
-        axis.errorbar([100 * r['fraction'] for r in line], [v for v, _ in values],
-                      yerr=np.concatenate([e for _, e in values], axis=1), capsize=3, marker='o',
-                      label=f'{backbone}, {NAMES[protocol]}')
-    axis.set(xlabel='labels (%)', ylabel='macro-F1 (%)', ylim=(0, 100), title=title)
+    for protocol, backbone in dict.fromkeys((r["protocol"], r["backbone"]) for r in rows):
+        line = sorted(
+            (r for r in rows if (r["protocol"], r["backbone"]) == (protocol, backbone)), key=lambda r: r["fraction"]
+        )
+        values = [_error(r, "macro-F1") for r in line]
+        axis.errorbar(
+            [100 * r["fraction"] for r in line],
+            [v for v, _ in values],
+            yerr=np.concatenate([e for _, e in values], axis=1),
+            capsize=3,
+            marker="o",
+            label=f"{backbone}, {NAMES[protocol]}",
+        )
+    axis.set(xlabel="labels (%)", ylabel="macro-F1 (%)", ylim=(0, 100), title=title)
     axis.legend(fontsize=7)
     return figure
 
 
 def _grid(count: int, size: float = 3.0):
     columns = min(4, count)
-    figure, axes = plt.subplots(-(-count // columns), columns, squeeze=False,
-                                figsize=(size * columns, size * -(-count // columns)), layout='constrained')
+    figure, axes = plt.subplots(
+        -(-count // columns),
+        columns,
+        squeeze=False,
+        figsize=(size * columns, size * -(-count // columns)),
+        layout="constrained",
+    )
     for axis in axes.flat[count:]:
         axis.remove()
     return figure, axes.flat
 
 
 def _caption(row: dict) -> str:
-    return f'{row["backbone"]}\n{NAMES[row["protocol"]]}'
+    return f"{row['backbone']}\n{NAMES[row['protocol']]}"
 
 
 def confusions(rows: list[dict], classes: list[str]):
     figure, axes = _grid(len(rows))
     for axis, row in zip(axes, rows):
-        matrix = np.array(row['confusion'], float)
+        matrix = np.array(row["confusion"], float)
         matrix *= 100 / np.maximum(matrix.sum(1, keepdims=True), 1)
         ConfusionMatrixDisplay(matrix, display_labels=classes).plot(
-            ax=axis, colorbar=False, cmap='Blues', values_format='.0f', im_kw={'vmin': 0, 'vmax': 100},
-            xticks_rotation=30)
+            ax=axis,
+            colorbar=False,
+            cmap="Blues",
+            values_format=".0f",
+            im_kw={"vmin": 0, "vmax": 100},
+            xticks_rotation=30,
+        )
         axis.set_title(_caption(row), fontsize=9)
     return figure
 
@@ -231,26 +335,28 @@ def confusions(rows: list[dict], classes: list[str]):
 def roc(rows: list[dict], classes: list[str], arrays: dict, task: str):
     figure, axes = _grid(len(rows))
     for axis, row in zip(axes, rows):
-        prefix = f'scores/{task}/{row["backbone"]}/{row["protocol"]}/{row["fraction"]:g}/'
+        prefix = f"scores/{task}/{row['backbone']}/{row['protocol']}/{row['fraction']:g}/"
         scores = [value for key, value in arrays.items() if key.startswith(prefix)]
-        labels, scores = np.tile(arrays[f'labels/{task}'], len(scores)), np.concatenate(scores)
+        labels, scores = np.tile(arrays[f"labels/{task}"], len(scores)), np.concatenate(scores)
         for i, name in enumerate(classes):
             if len(classes) > 2 or i == 1:
-                RocCurveDisplay.from_predictions(labels == i, scores[:, i], ax=axis, name=name, curve_kwargs={'color': f'C{i}'})
-        axis.plot([0, 1], [0, 1], ':', color='grey', linewidth=1)
+                RocCurveDisplay.from_predictions(
+                    labels == i, scores[:, i], ax=axis, name=name, curve_kwargs={"color": f"C{i}"}
+                )
+        axis.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)
         axis.set_title(_caption(row), fontsize=9)
-        axis.set(xlabel='false positive rate', ylabel='true positive rate')
-        axis.legend(fontsize=6, loc='lower right')
+        axis.set(xlabel="false positive rate", ylabel="true positive rate")
+        axis.legend(fontsize=6, loc="lower right")
     return figure
 
 
 def embeddings(arrays: dict, task: str, classes: list[str]):
-    prefix = f'tsne/{task}/'
+    prefix = f"tsne/{task}/"
     found = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
     figure, axes = _grid(len(found), 3.4)
     for axis, (backbone, points) in zip(axes, found.items()):
         for i, name in enumerate(classes):
-            axis.scatter(*points[arrays[f'labels/{task}'] == i].T, s=8, label=name, color=f'C{i}')
+            axis.scatter(*points[arrays[f"labels/{task}"] == i].T, s=8, label=name, color=f"C{i}")
         axis.set_title(backbone, fontsize=9)
         axis.set(xticks=[], yticks=[])
         axis.legend(fontsize=6)
@@ -260,65 +366,69 @@ def embeddings(arrays: dict, task: str, classes: list[str]):
 def overlays(shown: dict[str, np.ndarray]):
     """One row a backbone and head: images with the outlines of reference and prediction."""
     columns = len(next(iter(shown.values())))
-    figure, axes = plt.subplots(len(shown), columns, squeeze=False, figsize=(1.8 * columns, 2 * len(shown)),
-                                layout='constrained')
+    figure, axes = plt.subplots(
+        len(shown), columns, squeeze=False, figsize=(1.8 * columns, 2 * len(shown)), layout="constrained"
+    )
     for line, (key, stack) in zip(axes, shown.items()):
         for axis, (image, reference, predicted) in zip(line, stack):
-            axis.imshow(image, cmap='grey', vmin=0, vmax=255)
-            for mask, colour in ((reference, 'lime'), (predicted, 'red')):
+            axis.imshow(image, cmap="grey", vmin=0, vmax=255)
+            for mask, colour in ((reference, "lime"), (predicted, "red")):
                 if mask.any():
                     axis.contour(mask, [127], colors=colour, linewidths=1)
             axis.set(xticks=[], yticks=[])
-        _, _, backbone, head, _ = key.rsplit('/', 4) if key.count('/') == 4 else key.split('/', 4)
-        line[0].set_ylabel(f'{backbone}\n{NAMES[head]}', fontsize=7)
+        _, _, backbone, head, _ = key.rsplit("/", 4) if key.count("/") == 4 else key.split("/", 4)
+        line[0].set_ylabel(f"{backbone}\n{NAMES[head]}", fontsize=7)
     return figure
 
 
 # ---------------------------------------------------------------------------------------------------------- HTML
 
-STYLE = '''body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;font-size:13px;margin:1em 0;display:block;overflow-x:auto}
 td,th{border-bottom:1px solid #ddd;padding:3px 9px;text-align:left;white-space:nowrap}th{background:#f4f4f4}
-figure{margin:1.5em 0}img{max-width:100%}figcaption{color:#555;font-size:13px}code{background:#f4f4f4;word-break:break-all}'''
+figure{margin:1.5em 0}img{max-width:100%}figcaption{color:#555;font-size:13px}code{background:#f4f4f4;word-break:break-all}"""
 
 
 def page(text: str, figures: list[tuple[Path, str]]) -> str:
     """One HTML file without any outside reference: the plots are in it."""
-    pictures = ''.join(
+    pictures = "".join(
         f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,'
         f'{base64.b64encode(path.read_bytes()).decode()}"><figcaption>{html.escape(caption)}</figcaption></figure>\n'
-        for path, caption in figures)
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Evaluation of ultrasound backbones'
-            f'</title><style>{STYLE}</style></head><body>\n{to_html(text)}\n<h2>Plots</h2>\n{pictures}</body></html>\n')
+        for path, caption in figures
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Evaluation of ultrasound backbones'
+        f"</title><style>{STYLE}</style></head><body>\n{to_html(text)}\n<h2>Plots</h2>\n{pictures}</body></html>\n"
+    )
 
 
 def to_html(text: str) -> str:
     """The Markdown that this file writes (headings, tables, lists, paragraphs, code, bold); all else is escaped."""
     blocks = []
-    for block in text.split('\n\n'):
-        lines = block.strip().split('\n')
-        if lines[0].startswith('#'):
-            level = len(lines[0]) - len(lines[0].lstrip('#'))
-            blocks.append(f'<h{level}>{_inline(lines[0].lstrip("# "))}</h{level}>')
-        elif lines[0].startswith('| '):
-            rows = [[_inline(cell.replace('\\|', '|')) for cell in line[2:-2].split(' | ')] for line in lines]
-            body = ''.join('<tr>' + ''.join(f'<td>{c}</td>' for c in row) + '</tr>' for row in rows[2:])
-            blocks.append('<table><tr>' + ''.join(f'<th>{c}</th>' for c in rows[0]) + f'</tr>{body}</table>')
-        elif lines[0].startswith('- '):
-            blocks.append('<ul>' + ''.join(f'<li>{_inline(line[2:])}</li>' for line in lines) + '</ul>')
+    for block in text.split("\n\n"):
+        lines = block.strip().split("\n")
+        if lines[0].startswith("#"):
+            level = len(lines[0]) - len(lines[0].lstrip("#"))
+            blocks.append(f"<h{level}>{_inline(lines[0].lstrip('# '))}</h{level}>")
+        elif lines[0].startswith("| "):
+            rows = [[_inline(cell.replace("\\|", "|")) for cell in line[2:-2].split(" | ")] for line in lines]
+            body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows[2:])
+            blocks.append("<table><tr>" + "".join(f"<th>{c}</th>" for c in rows[0]) + f"</tr>{body}</table>")
+        elif lines[0].startswith("- "):
+            blocks.append("<ul>" + "".join(f"<li>{_inline(line[2:])}</li>" for line in lines) + "</ul>")
         else:
-            blocks.append(f'<p>{_inline(block)}</p>')
-    return '\n'.join(blocks)
+            blocks.append(f"<p>{_inline(block)}</p>")
+    return "\n".join(blocks)
 
 
 def _inline(text: str) -> str:
-    parts = html.escape(text).split('`')
-    parts = [f'<code>{part}</code>' if i % 2 else part for i, part in enumerate(parts)]
-    bold = ''.join(parts).split('**')
-    return ''.join(f'<b>{part}</b>' if i % 2 else part for i, part in enumerate(bold))
+    parts = html.escape(text).split("`")
+    parts = [f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts)]
+    bold = "".join(parts).split("**")
+    return "".join(f"<b>{part}</b>" if i % 2 else part for i, part in enumerate(bold))
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit('usage: python training/report.py FOLDER (with results.json and arrays.npz)')
+        sys.exit("usage: python training/report.py FOLDER (with results.json and arrays.npz)")
     write(Path(sys.argv[1]))

@@ -66,8 +66,12 @@ def check(config):
         sys.exit(f"pairs.mode: 'standard' or 'inner', not {config.pairs.mode!r}")
     if config.meta.tangent not in ("exact", "difference"):
         sys.exit(f"meta.tangent: 'exact' or 'difference', not {config.meta.tangent!r}")
-    for name, value in (("pairs.frames", config.pairs.frames), ("meta.every", config.meta.every),
-                        ("pairs.max_dist", config.pairs.max_dist), ("model.size", config.model.size)):
+    for name, value in (
+        ("pairs.frames", config.pairs.frames),
+        ("meta.every", config.meta.every),
+        ("pairs.max_dist", config.pairs.max_dist),
+        ("model.size", config.model.size),
+    ):
         if value < 1:
             sys.exit(f"{name} must be at least 1, got {value}")
     for name, value in (("optim.batch", config.optim.batch), ("meta.batch", config.meta.batch)):
@@ -120,10 +124,16 @@ class Clips:
     def manifest(self):
         """What was trained on, without naming paths: one dict a clip."""
         return [
-            {"sha256": sha, "group": export.fingerprint(group), "source": source, "split": str(split),
-             "frames": int(frames)}
+            {
+                "sha256": sha,
+                "group": export.fingerprint(group),
+                "source": source,
+                "split": str(split),
+                "frames": int(frames),
+            }
             for sha, group, source, split, frames in zip(
-                self.cache.sha256, self.groups, self.cache.sources, self.splits, self.cache.lengths)
+                self.cache.sha256, self.groups, self.cache.sources, self.splits, self.cache.lengths
+            )
         ]
 
 
@@ -141,8 +151,14 @@ def prepare(config, out):
                 (out / "demo.partial").rename(out / "demo")
             roots = (str(out / "demo"),)
         if distributed.rank() == 0:
-            cache = ingest(roots, folder, workers=config.data.workers or None, min_clips=config.data.min_clips,
-                           sheets=config.data.sheets, **settings)
+            cache = ingest(
+                roots,
+                folder,
+                workers=config.data.workers or None,
+                min_clips=config.data.min_clips,
+                sheets=config.data.sheets,
+                **settings,
+            )
         distributed.barrier()
         if distributed.rank() != 0:
             cache = ingest(roots, folder, workers=0, progress=False, **settings)
@@ -229,9 +245,11 @@ def train(state, config, clips, out, device):
         return chosen, batch, data.make_batch(clips.cache, held_out, clean, (config.seed, data.META, step), part)
 
     log = Log(out, state.step, total)
-    with stop_signals() as stopped, contextlib.closing(log), contextlib.closing(
-        data.prefetch(load, range(state.step, total))
-    ) as batches:
+    with (
+        stop_signals() as stopped,
+        contextlib.closing(log),
+        contextlib.closing(data.prefetch(load, range(state.step, total))) as batches,
+    ):
         while state.step < total:
             start = time.perf_counter()
             chosen, batch, meta_batch_ = next(batches)
@@ -244,18 +262,37 @@ def train(state, config, clips, out, device):
             with autocast:
                 if meta_batch_ is not None:
                     clean_views = meta_batch_.views(device, config.model.size, channels)
-                    result = meta_step(state.encoder, state.cmw, state.optimizer, state.cmw_optimizer, views,
-                                       clean_views, optim.temperature, meta.delayed, meta.tangent)
+                    result = meta_step(
+                        state.encoder,
+                        state.cmw,
+                        state.optimizer,
+                        state.cmw_optimizer,
+                        views,
+                        clean_views,
+                        optim.temperature,
+                        meta.delayed,
+                        meta.tangent,
+                    )
                 else:
                     result = contrastive_step(state.encoder, state.optimizer, views, optim.temperature, state.cmw)
             loss = result.loss.item()
             if not math.isfinite(loss):
-                sys.exit(f"step {state.step}: the loss is {loss}; lower optim.lr. {out / 'checkpoint.pt'} (if any) is "
-                         "from before")
+                sys.exit(
+                    f"step {state.step}: the loss is {loss}; lower optim.lr. {out / 'checkpoint.pt'} (if any) is "
+                    "from before"
+                )
             state.step += 1
             seconds = time.perf_counter() - start
-            log.step(state.step, loss, lr, optim.batch / seconds, result, result.meta_seconds / seconds,
-                     waited / seconds, chosen)
+            log.step(
+                state.step,
+                loss,
+                lr,
+                optim.batch / seconds,
+                result,
+                result.meta_seconds / seconds,
+                waited / seconds,
+                chosen,
+            )
 
             last = state.step == total
             stop = distributed.any_(stopped.is_set(), device)
@@ -308,7 +345,10 @@ def validate(encoder, config, clips, device):
         losses.append(info_nce(z.unflatten(0, (2, -1)), None, config.optim.temperature).item())
         sizes.append(len(chosen))
     encoder.train()
-    return {"val_loss": float(np.average(losses, weights=sizes)), **probe_backbone(encoder.backbone, config, clips, device)}
+    return {
+        "val_loss": float(np.average(losses, weights=sizes)),
+        **probe_backbone(encoder.backbone, config, clips, device),
+    }
 
 
 def probe_backbone(backbone, config, clips, device, frames=400):
@@ -317,6 +357,7 @@ def probe_backbone(backbone, config, clips, device, frames=400):
     The label of a validation frame is looked for among the training frames. Where validation has one label only,
     the frames of the second half of its clips look for their clip among those of the first half.
     """
+
     def sample(split):
         rows, owner = probe.sample_frames(clips.cache, split, 4)
         keep = np.linspace(0, len(rows) - 1, min(frames, len(rows))).round().astype(int)
@@ -353,8 +394,14 @@ class Log:
         meta_loss = None if result.meta_loss is None else result.meta_loss.item()
         if not self.on:
             return
-        numbers = {"loss": loss, "meta_loss": meta_loss, "lr": lr, "images_per_s": 2 * clips_per_s,
-                   "meta_share": meta_share, "wait_share": wait_share}
+        numbers = {
+            "loss": loss,
+            "meta_loss": meta_loss,
+            "lr": lr,
+            "images_per_s": 2 * clips_per_s,
+            "meta_share": meta_share,
+            "wait_share": wait_share,
+        }
         row = {"step": step, **{k: v for k, v in numbers.items() if v is not None}}
         for k, v in row.items():
             self.board.add_scalar(f"train/{k}", v, step)
@@ -371,10 +418,14 @@ class Log:
             if v is not None:
                 self.board.add_scalar(f"validation/{k}", v, step)
         self.file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self.last.update(val=f"{numbers['val_loss']:.3f}", knn="-" if numbers["knn"] is None else f"{numbers['knn']:.3f}")
+        self.last.update(
+            val=f"{numbers['val_loss']:.3f}", knn="-" if numbers["knn"] is None else f"{numbers['knn']:.3f}"
+        )
         if numbers["effective_rank"] < COLLAPSED:
-            tqdm.write(f"step {step}: COLLAPSE? the features' effective rank is {numbers['effective_rank']:.2f}; "
-                       "lower optim.lr or use more different clips")
+            tqdm.write(
+                f"step {step}: COLLAPSE? the features' effective rank is {numbers['effective_rank']:.2f}; "
+                "lower optim.lr or use more different clips"
+            )
 
     def flush(self):
         self.file.flush()
@@ -420,8 +471,11 @@ def restore(state, path, config):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         sys.exit(f"{path}: damaged or not a checkpoint of ours ({type(error).__name__}: {error})")
-    differ = [f"{k}: {content['fixed'].get(k)!r} there, {v!r} here" for k, v in fixed(config).items()
-              if content["fixed"].get(k) != v]
+    differ = [
+        f"{k}: {content['fixed'].get(k)!r} there, {v!r} here"
+        for k, v in fixed(config).items()
+        if content["fixed"].get(k) != v
+    ]
     if differ:
         sys.exit(f"{path}: --resume needs the settings it was started with; " + "; ".join(differ))
     for name, part in state.parts().items():
@@ -442,8 +496,14 @@ def finish(state, config, clips, out, device):
     if state.cmw is not None:
         figures.weight_histogram(log, clips.cache.sources, folder / "weights.png")
         longest = clips.val[np.argmax(clips.cache.lengths[clips.val])]
-        figures.similarity_against_weight(state.encoder, state.cmw, clips.cache.clip(longest), config.model.size,
-                                          device, folder / "similarity_and_weight.png")
+        figures.similarity_against_weight(
+            state.encoder,
+            state.cmw,
+            clips.cache.clip(longest),
+            config.model.size,
+            device,
+            folder / "similarity_and_weight.png",
+        )
 
     checks = next(r for r in reversed(log) if "val_loss" in r)
     manifest = clips.manifest()
@@ -457,10 +517,12 @@ def finish(state, config, clips, out, device):
         "projector_dim": config.model.dim,
         "config": fixed(config),
         "sources": [
-            {"name": "simulated (training/simulate.py)" if not config.data.roots else name,
-             "clips": sum(s == name for s in clips.cache.sources),
-             "frames": int(clips.cache.lengths[np.array(clips.cache.sources) == name].sum()),
-             "licence": config.data.licences.get(name, "simulated" if not config.data.roots else "not stated")}
+            {
+                "name": "simulated (training/simulate.py)" if not config.data.roots else name,
+                "clips": sum(s == name for s in clips.cache.sources),
+                "frames": int(clips.cache.lengths[np.array(clips.cache.sources) == name].sum()),
+                "licence": config.data.licences.get(name, "simulated" if not config.data.roots else "not stated"),
+            }
             for name in names
         ],
         "manifest_sha256": hashlib.sha256(text.encode()).hexdigest(),
@@ -472,21 +534,32 @@ def finish(state, config, clips, out, device):
 
     frames = clips.cache.frames[probe.sample_frames(clips.cache, clips.val, 1)[0]]
     ours = probe.features(state.encoder.backbone, frames, config.model.size, device)
-    reloaded = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0).to(device, memory_format=torch.channels_last)
+    reloaded = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0).to(
+        device, memory_format=torch.channels_last
+    )
     difference = np.abs(ours - probe.features(reloaded, frames, config.model.size, device)).max()
     torch.manual_seed(config.seed)
-    untrained = timm.create_model(export.architecture(config.model.name), num_classes=0, **(
-        {"img_size": config.model.size} if needs_img_size(config.model.name) else {}))
+    untrained = timm.create_model(
+        export.architecture(config.model.name),
+        num_classes=0,
+        **({"img_size": config.model.size} if needs_img_size(config.model.name) else {}),
+    )
     untrained = untrained.to(device, memory_format=torch.channels_last)
     random = probe_backbone(untrained, config, clips, device)
     say(f"exported to {path}; reloaded by plain timm, largest difference of the features: {difference:g}")
     labels = len(set(clips.labels[clips.val]))
     task = f"{labels} labels of held-out groups" if labels > 1 else f"{len(clips.val)} held-out clips told apart"
-    say(f"kNN probe ({task}), balanced accuracy: trained {checks['knn']:.3f}, random initialisation {random['knn']:.3f}")
-    say(f"effective rank of the features: trained {checks['effective_rank']:.1f}, "
-        f"random initialisation {random['effective_rank']:.1f}")
-    say(f"use it: timm.create_model('local-dir:{path}', pretrained=True, num_classes=3), or "
-        f"uscl_hub.load_meta_uscl_backbone('{config.model.name}', checkpoint='{path}')")
+    say(
+        f"kNN probe ({task}), balanced accuracy: trained {checks['knn']:.3f}, random initialisation {random['knn']:.3f}"
+    )
+    say(
+        f"effective rank of the features: trained {checks['effective_rank']:.1f}, "
+        f"random initialisation {random['effective_rank']:.1f}"
+    )
+    say(
+        f"use it: timm.create_model('local-dir:{path}', pretrained=True, num_classes=3), or "
+        f"uscl_hub.load_meta_uscl_backbone('{config.model.name}', checkpoint='{path}')"
+    )
 
 
 def say(message):

@@ -8,12 +8,13 @@ pulse, beam, gain and noise, so that they differ in anatomy and motion, not in t
 
 Coordinates: z is depth (0 at the probe, 1 at the bottom), x is lateral, both in units of the imaging depth.
 """
+
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-KINDS = ('vessel', 'muscle', 'lung', 'cyst', 'lesion')
+KINDS = ("vessel", "muscle", "lung", "cyst", "lesion")
 
 _WAVENUMBER = 2 * np.pi * 120  # of the two-way phase: 120 wavelengths a unit of depth
 
@@ -25,9 +26,9 @@ def simulate_clip(kind: str, frames: int, size: int, seed: int, *, subject: int 
     sector) and scanner settings, default `seed`; clips of one subject and kind look alike but are never equal.
     """
     if kind not in KINDS:
-        raise ValueError(f'kind {kind!r} is not one of {", ".join(KINDS)}')
+        raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
     if frames < 1 or size < 16:
-        raise ValueError(f'frames must be at least 1 and size at least 16, got {frames} and {size}')
+        raise ValueError(f"frames must be at least 1 and size at least 16, got {frames} and {size}")
     subject = seed if subject is None else subject
     anatomy = np.random.default_rng([subject, KINDS.index(kind), 1])
     scanner = np.random.default_rng([subject, 2])  # independent of kind
@@ -40,13 +41,20 @@ def simulate_clip(kind: str, frames: int, size: int, seed: int, *, subject: int 
 
 # --------------------------------------------------------------------------------------------- the scanner
 
+
 def _probe(rng: np.random.Generator, size: int) -> dict:
     """Acquisition grid and settings. Sector: beams fan out from an apex above the skin; linear: parallel beams."""
     sector = rng.random() < 0.5
     probe = dict(
-        sector=sector, rows=round(1.5 * size), beams=round(0.75 * size),
-        pulse=rng.uniform(0.006, 0.009), beam=rng.uniform(0.010, 0.014), focus=rng.uniform(0.35, 0.65),
-        attenuation=rng.uniform(0.4, 1.2), dynamic=rng.uniform(48, 58), noise=10 ** rng.uniform(-2.6, -2.2),
+        sector=sector,
+        rows=round(1.5 * size),
+        beams=round(0.75 * size),
+        pulse=rng.uniform(0.006, 0.009),
+        beam=rng.uniform(0.010, 0.014),
+        focus=rng.uniform(0.35, 0.65),
+        attenuation=rng.uniform(0.4, 1.2),
+        dynamic=rng.uniform(48, 58),
+        noise=10 ** rng.uniform(-2.6, -2.2),
     )
     if sector:
         probe.update(angle=rng.uniform(0.45, 0.7), radius=rng.uniform(0.15, 0.5))
@@ -57,23 +65,23 @@ def _probe(rng: np.random.Generator, size: int) -> dict:
 
 def _to_beams(x, z, probe):
     """Scene coordinates -> (depth along the beam in 0..1, position over the beams in -1..1)."""
-    if not probe['sector']:
-        return z, x / probe['half']
-    z = z + probe['radius']
-    return np.hypot(x, z) - probe['radius'], np.arctan2(x, z) / probe['angle']
+    if not probe["sector"]:
+        return z, x / probe["half"]
+    z = z + probe["radius"]
+    return np.hypot(x, z) - probe["radius"], np.arctan2(x, z) / probe["angle"]
 
 
 def _from_beams(depth, u, probe):
-    if not probe['sector']:
-        return u * probe['half'], depth
-    r = depth + probe['radius']
-    return r * np.sin(u * probe['angle']), r * np.cos(u * probe['angle']) - probe['radius']
+    if not probe["sector"]:
+        return u * probe["half"], depth
+    r = depth + probe["radius"]
+    return r * np.sin(u * probe["angle"]), r * np.cos(u * probe["angle"]) - probe["radius"]
 
 
 def _acquire(scene, probe: dict, frames: int, rng: np.random.Generator) -> np.ndarray:
     """float32 (frames, rows, beams): the log compressed envelope in 0..1, in acquisition coordinates."""
-    rows, beams = probe['rows'], probe['beams']
-    half = 0.75 if probe['sector'] else probe['half'] + 0.06
+    rows, beams = probe["rows"], probe["beams"]
+    half = 0.75 if probe["sector"] else probe["half"] + 0.06
     count = round(1.0 * rows * beams * (half / 0.5))  # about ten scatterers in a resolution cell
     x, z = rng.uniform(-half, half, count), rng.uniform(-0.03, 1.05, count)
     strength = rng.choice((-1.0, 1.0), count)
@@ -83,12 +91,12 @@ def _acquire(scene, probe: dict, frames: int, rng: np.random.Generator) -> np.nd
     grid_x, grid_z = _from_beams(depth[:, None], u[None, :], probe)
 
     # pulse and beam as Gaussian filters in the frequency domain; the beam's width is in scene units at each depth
-    pulse = np.exp(-2 * (np.pi * np.fft.fftfreq(rows) * probe['pulse'] * rows) ** 2)
-    width = probe['beam'] * np.sqrt(1 + ((depth - probe['focus']) / 0.35) ** 2)
-    spacing = 2 * (probe['angle'] * (depth + probe['radius']) if probe['sector'] else probe['half']) / beams
+    pulse = np.exp(-2 * (np.pi * np.fft.fftfreq(rows) * probe["pulse"] * rows) ** 2)
+    width = probe["beam"] * np.sqrt(1 + ((depth - probe["focus"]) / 0.35) ** 2)
+    spacing = 2 * (probe["angle"] * (depth + probe["radius"]) if probe["sector"] else probe["half"]) / beams
     lateral = np.exp(-2 * (np.pi * np.fft.fftfreq(beams)[None, :] * (width / spacing)[:, None]) ** 2)
     lateral *= np.sqrt(width / spacing)[:, None]  # as bright speckle everywhere: the scanner's gain compensation
-    decay = np.exp(-probe['attenuation'] * 0.35 * depth)[:, None]
+    decay = np.exp(-probe["attenuation"] * 0.35 * depth)[:, None]
 
     out = np.empty((frames, rows, beams), np.float32)
     for t in range(frames):
@@ -101,23 +109,25 @@ def _acquire(scene, probe: dict, frames: int, rng: np.random.Generator) -> np.nd
         phasor = (strength * echo)[inside] * np.exp(-1j * _WAVENUMBER * r[inside])
         index = np.concatenate([i * beams + j, i * beams + j + 1])
         weight = np.concatenate([phasor * (1 - part), phasor * part])
-        field = (np.bincount(index, weight.real, rows * beams) + 1j * np.bincount(index, weight.imag, rows * beams))
+        field = np.bincount(index, weight.real, rows * beams) + 1j * np.bincount(index, weight.imag, rows * beams)
         field = field.reshape(rows, beams).astype(np.complex64)
         field = np.fft.ifft(np.fft.fft(field, axis=0) * pulse[:, None].astype(np.float32), axis=0)
         field = np.fft.ifft(np.fft.fft(field, axis=1) * lateral.astype(np.float32), axis=1)
         envelope = np.abs(field) * decay * scene.gain(t, grid_x, grid_z)
-        noise = rng.standard_normal((2, rows, beams), dtype=np.float32) * (probe['noise'] * np.exp(1.2 * depth)[:, None])
+        noise = rng.standard_normal((2, rows, beams), dtype=np.float32) * (
+            probe["noise"] * np.exp(1.2 * depth)[:, None]
+        )
         envelope = np.hypot(envelope + noise[0], noise[1])
         decibel = 20 * np.log10(envelope + 1e-6)
-        out[t] = 1 + (decibel - 6) / probe['dynamic']
+        out[t] = 1 + (decibel - 6) / probe["dynamic"]
     return out.clip(0, 1)
 
 
 def _scan_convert(polar: np.ndarray, probe: dict, size: int) -> np.ndarray:
     """Bilinear, from acquisition coordinates to a square picture that the image area just fits."""
     _, rows, beams = polar.shape
-    if probe['sector']:
-        radius, angle = probe['radius'], probe['angle']
+    if probe["sector"]:
+        radius, angle = probe["radius"], probe["angle"]
         half, top = (1 + radius) * np.sin(angle), radius * np.cos(angle) - radius
         scale = max(2 * half, 1 - top)
         z = top + (1 - top) / 2 + ((np.arange(size) + 0.5) / size - 0.5) * scale
@@ -133,14 +143,19 @@ def _scan_convert(polar: np.ndarray, probe: dict, size: int) -> np.ndarray:
     a, b = (row - i).astype(np.float32), (column - j).astype(np.float32)
     flat = polar.reshape(len(polar), -1)
     k = i * beams + j
-    values = (flat[:, k] * ((1 - a) * (1 - b)) + flat[:, k + 1] * ((1 - a) * b)
-              + flat[:, k + beams] * (a * (1 - b)) + flat[:, k + beams + 1] * (a * b))
+    values = (
+        flat[:, k] * ((1 - a) * (1 - b))
+        + flat[:, k + 1] * ((1 - a) * b)
+        + flat[:, k + beams] * (a * (1 - b))
+        + flat[:, k + beams + 1] * (a * b)
+    )
     out = np.zeros((len(polar), size, size), np.uint8)
     out[:, inside] = np.rint(values * 255).astype(np.uint8)
     return out
 
 
 # ---------------------------------------------------------------------------------------------- the scenes
+
 
 def _edge(distance, width=0.012):
     """0 to 1 across a boundary: smooth step of a signed distance (negative is inside)."""
@@ -222,8 +237,13 @@ class _Vessel(_Scene):
     def displacement(self, t, x, z):
         beat = np.maximum(0, self.cycle(t * 1.8)) ** 2
         r = self._distance(x, z)
-        push = self.pulse * beat * self.radius * np.minimum(1, self.radius / np.maximum(r, 1e-3)) * np.minimum(
-            1, r / self.radius)
+        push = (
+            self.pulse
+            * beat
+            * self.radius
+            * np.minimum(1, self.radius / np.maximum(r, 1e-3))
+            * np.minimum(1, r / self.radius)
+        )
         if self.long:
             dx = np.where(r < 0.9 * self.radius, _wrap(self.flow * t * (1 - (r / self.radius) ** 2), x), 0)
             return dx, push * np.sign(z - self.centre[1] - self.tilt * x)
@@ -264,7 +284,9 @@ class _Muscle(_Scene):
     def displacement(self, t, x, z):
         pull = self.strength * (1 + self.cycle(t))
         across = (z - self.middle) / 0.4
-        return pull * np.exp(-(across**2)) * np.where(z < self.middle, 1, 0.6), 0.25 * pull * np.sin(np.pi * z) * (1 + x)
+        return pull * np.exp(-(across**2)) * np.where(z < self.middle, 1, 0.6), 0.25 * pull * np.sin(np.pi * z) * (
+            1 + x
+        )
 
 
 class _Lung(_Scene):
@@ -304,7 +326,9 @@ class _Lung(_Scene):
             shadow = _edge(self.rib_width - np.abs(x - rib), 0.01) * _edge(z - self.pleura + 0.04, 0.01)
             gain = gain * (1 - 0.93 * shadow)
         line = self._line(x)
-        rays = sum((_ridge(x - ray - self.slide * self.cycle(t), self.b_width * (0.6 + z)) for ray in self.b_lines), 0.0)
+        rays = sum(
+            (_ridge(x - ray - self.slide * self.cycle(t), self.b_width * (0.6 + z)) for ray in self.b_lines), 0.0
+        )
         return gain * (1 + 5.0 * rays * _edge(z - line, 0.006) * np.exp(-0.8 * (z - line)))
 
 
@@ -314,8 +338,15 @@ class _Cyst(_Scene):
     def build(self, a):
         count = int(a.integers(1, 4))
         x = np.linspace(-0.26, 0.26, count) if count > 1 else np.array([0.0])
-        self.cysts = [(cx + a.normal(0, 0.04), a.uniform(0.30, 0.62), a.uniform(0.07, 0.17 if count == 1 else 0.11),
-                       a.uniform(0.8, 1.25)) for cx in x]
+        self.cysts = [
+            (
+                cx + a.normal(0, 0.04),
+                a.uniform(0.30, 0.62),
+                a.uniform(0.07, 0.17 if count == 1 else 0.11),
+                a.uniform(0.8, 1.25),
+            )
+            for cx in x
+        ]
         self.breath, self.enhance = a.uniform(0.015, 0.04), a.uniform(0.7, 1.3)
 
     def echo(self, x, z):
@@ -366,14 +397,17 @@ class _Lesion(_Scene):
 
     def gain(self, t, x, z):
         x = x + self.probe_shift(t)[0]
-        behind = _edge(0.8 * self.radius - np.abs(x - self.centre[0]), 0.02) * _edge(z - self.centre[1] - 0.5 * self.radius, 0.03)
+        behind = _edge(0.8 * self.radius - np.abs(x - self.centre[0]), 0.02) * _edge(
+            z - self.centre[1] - 0.5 * self.radius, 0.03
+        )
         return 1 - self.shadow * behind
 
 
-_SCENES = {'vessel': _Vessel, 'muscle': _Muscle, 'lung': _Lung, 'cyst': _Cyst, 'lesion': _Lesion}
+_SCENES = {"vessel": _Vessel, "muscle": _Muscle, "lung": _Lung, "cyst": _Cyst, "lesion": _Lesion}
 
 
 # ------------------------------------------------------------------------------------------ the demo data set
+
 
 def write_demo(out: Path | str, clips: int, frames: int, size: int, seed: int) -> Path:
     """Write `clips` simulated clips as video files out/<kind>/subjNN_clipNN.mp4 and return `out`.
@@ -390,7 +424,7 @@ def write_demo(out: Path | str, clips: int, frames: int, size: int, seed: int) -
             movie = simulate_clip(kind, frames, size, seed=number, subject=person)
             if np.random.default_rng([person, 4]).random() < 0.4:
                 movie = add_interface(movie, seed=person)
-            write_video(out / kind / f'subj{subject:02d}_clip{number:02d}.mp4', movie)
+            write_video(out / kind / f"subj{subject:02d}_clip{number:02d}.mp4", movie)
     return out
 
 
@@ -400,13 +434,15 @@ def add_interface(movie: np.ndarray, seed: int) -> np.ndarray:
 
     rng = np.random.default_rng([seed, 5])
     t, height, width = movie.shape
-    top, bottom, left, right = (int(x * height) for x in rng.uniform((0.14, 0.08, 0.10, 0.45), (0.24, 0.18, 0.25, 0.60)))
-    canvas = Image.new('L', ((left + width + right + 1) // 2 * 2, (top + height + bottom + 1) // 2 * 2), 0)
+    top, bottom, left, right = (
+        int(x * height) for x in rng.uniform((0.14, 0.08, 0.10, 0.45), (0.24, 0.18, 0.25, 0.60))
+    )
+    canvas = Image.new("L", ((left + width + right + 1) // 2 * 2, (top + height + bottom + 1) // 2 * 2), 0)
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(max(8, height // 11))
     draw.rectangle((0, 0, canvas.width, top - max(2, top // 4)), fill=int(rng.integers(25, 70)))
-    draw.text((3, 1), f'DEMO {rng.integers(100, 999)}', fill=int(rng.integers(170, 255)), font=font)
-    for i, text in enumerate(('B 12Hz', 'G 54', 'D 8cm')):
+    draw.text((3, 1), f"DEMO {rng.integers(100, 999)}", fill=int(rng.integers(170, 255)), font=font)
+    for i, text in enumerate(("B 12Hz", "G 54", "D 8cm")):
         draw.text((left + width + 2, top + i * height // 7), text, fill=200, font=font)
     ruler = max(1, left // 3)
     for i in range(9):  # depth marks
@@ -415,24 +451,30 @@ def add_interface(movie: np.ndarray, seed: int) -> np.ndarray:
     for i in range(height // 2):  # grey bar
         draw.line((1, top + i, 3, top + i), fill=255 - 2 * 255 * i // height)
     framed = np.repeat(np.asarray(canvas)[None], t, 0)
-    framed[:, top:top + height, left:left + width] = movie
+    framed[:, top : top + height, left : left + width] = movie
     return framed
 
 
 def write_video(path: Path | str, movie: np.ndarray, fps: int = 15):
     """Grey uint8 (T, H, W) -> H.264 (MPEG-4 where PyAV has no x264) in a file that appears when it is complete."""
     import av
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.part')
+    part = path.with_name(f".{path.name}.part")
     height, width = (side - side % 2 for side in movie.shape[1:])  # 4:2:0 has no odd sides
-    x264 = 'libx264' in av.codecs_available
-    with av.open(str(part), 'w', format='mp4') as container:
-        stream = container.add_stream('libx264' if x264 else 'mpeg4', rate=Fraction(fps),
-                                      options={'crf': '16', 'preset': 'ultrafast'} if x264 else {'qscale': '2'})
-        stream.width, stream.height, stream.pix_fmt = width, height, 'yuv420p'
+    x264 = "libx264" in av.codecs_available
+    with av.open(str(part), "w", format="mp4") as container:
+        stream = container.add_stream(
+            "libx264" if x264 else "mpeg4",
+            rate=Fraction(fps),
+            options={"crf": "16", "preset": "ultrafast"} if x264 else {"qscale": "2"},
+        )
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.thread_count = 1
         for grey in movie:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(grey[:height, :width]), 'gray')))
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(grey[:height, :width]), "gray"))
+            )
         container.mux(stream.encode(None))
     part.replace(path)

@@ -1,4 +1,5 @@
 """Groups (patients) and splits: train, meta and validation clips never share a group."""
+
 import csv as csv_module
 import re
 from collections import Counter, defaultdict
@@ -17,7 +18,7 @@ def assign_groups(ids: Sequence[str], pattern: str | None = None, csv: Path | st
     Raises ValueError, naming some of them, for ids without a group, and for an ambiguous csv.
     """
     if pattern is not None and csv is not None:
-        raise ValueError('give a group pattern or a group csv, not both')
+        raise ValueError("give a group pattern or a group csv, not both")
     if pattern is not None:
         return _by_pattern(ids, pattern)
     if csv is not None:
@@ -29,29 +30,29 @@ def _by_pattern(ids: Sequence[str], pattern: str) -> list[str]:
     try:
         regex = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f'group pattern {pattern!r} is not a regular expression: {error}') from error
-    if 'group' not in regex.groupindex and regex.groups != 1:
+        raise ValueError(f"group pattern {pattern!r} is not a regular expression: {error}") from error
+    if "group" not in regex.groupindex and regex.groups != 1:
         raise ValueError(f"group pattern {pattern!r} has {regex.groups} groups; it needs one, or one named 'group'")
-    key = 'group' if 'group' in regex.groupindex else 1
+    key = "group" if "group" in regex.groupindex else 1
     matches = [regex.search(clip) for clip in ids]
     groups = [match[key] if match else None for match in matches]
-    _refuse_missing(ids, groups, f'the group pattern {pattern!r}')
+    _refuse_missing(ids, groups, f"the group pattern {pattern!r}")
     return groups
 
 
 def _by_csv(ids: Sequence[str], path: Path) -> list[str]:
-    with open(path, newline='', encoding='utf-8-sig') as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         rows = csv_module.DictReader(file)
-        missing = {'path', 'group'} - set(rows.fieldnames or ())
+        missing = {"path", "group"} - set(rows.fieldnames or ())
         if missing:
             raise ValueError(f"{path}: no column {' or '.join(sorted(missing))}; its header needs path and group")
         groups = {}
         for number, row in enumerate(rows, start=2):
-            key, group = (row['path'] or '').strip().replace('\\', '/').strip('/'), (row['group'] or '').strip()
+            key, group = (row["path"] or "").strip().replace("\\", "/").strip("/"), (row["group"] or "").strip()
             if not key or not group:
-                raise ValueError(f'{path}, line {number}: path or group is empty')
+                raise ValueError(f"{path}, line {number}: path or group is empty")
             if groups.setdefault(key, group) != group:
-                raise ValueError(f'{path}, line {number}: {key} is in two groups, {groups[key]} and {group}')
+                raise ValueError(f"{path}, line {number}: {key} is in two groups, {groups[key]} and {group}")
     found = [_lookup(clip, groups) for clip in ids]
     _refuse_missing(ids, found, str(path))
     return found
@@ -60,10 +61,10 @@ def _by_csv(ids: Sequence[str], path: Path) -> list[str]:
 def _lookup(clip: str, groups: dict[str, str]) -> str | None:
     """The longest end of the id that the csv has: 'a/b/c.mp4', 'b/c.mp4', 'c.mp4', then the same without '.mp4'."""
     suffix = Path(clip).suffix
-    stem = clip[:-len(suffix)] if suffix else clip
-    for i in range(clip.count('/') + 1):
+    stem = clip[: -len(suffix)] if suffix else clip
+    for i in range(clip.count("/") + 1):
         for text in (clip, stem):
-            key = text.split('/', i)[-1]
+            key = text.split("/", i)[-1]
             if key in groups:
                 return groups[key]
     return None
@@ -72,12 +73,13 @@ def _lookup(clip: str, groups: dict[str, str]) -> str | None:
 def _refuse_missing(ids: Sequence[str], groups: Sequence[str | None], where: str):
     without = [clip for clip, group in zip(ids, groups) if not group]
     if without:
-        some = ', '.join(without[:5]) + (', ...' if len(without) > 5 else '')
-        raise ValueError(f'{where} gives no group for {len(without)} of {len(ids)} clips: {some}')
+        some = ", ".join(without[:5]) + (", ..." if len(without) > 5 else "")
+        raise ValueError(f"{where} gives no group for {len(without)} of {len(ids)} clips: {some}")
 
 
-def split_groups(groups: Sequence[str], fractions: dict[str, float], seed: int,
-                 strata: Sequence[str] | None = None) -> list[str]:
+def split_groups(
+    groups: Sequence[str], fractions: dict[str, float], seed: int, strata: Sequence[str] | None = None
+) -> list[str]:
     """The split of every clip, by whole groups.
 
     fractions: wanted share of the clips for each split, e.g. {'train': .8, 'meta': .1, 'val': .1}; they are
@@ -87,17 +89,19 @@ def split_groups(groups: Sequence[str], fractions: dict[str, float], seed: int,
     Raises ValueError if a split would be empty.
     """
     if not fractions or any(not fraction > 0 for fraction in fractions.values()):
-        raise ValueError(f'every split needs a fraction above 0, got {fractions}')
-    strata = ['all'] * len(groups) if strata is None else list(strata)
+        raise ValueError(f"every split needs a fraction above 0, got {fractions}")
+    strata = ["all"] * len(groups) if strata is None else list(strata)
     if len(strata) != len(groups):
-        raise ValueError(f'{len(strata)} strata for {len(groups)} clips')
+        raise ValueError(f"{len(strata)} strata for {len(groups)} clips")
     names = list(fractions)
     counts = defaultdict(Counter)
     for group, stratum in zip(groups, strata):
         counts[group][stratum] += 1
     if len(counts) < len(names):
-        raise ValueError(f'{len(counts)} groups cannot fill the {len(names)} splits {", ".join(names)}: every split '
-                         'needs at least one group of its own')
+        raise ValueError(
+            f"{len(counts)} groups cannot fill the {len(names)} splits {', '.join(names)}: every split "
+            "needs at least one group of its own"
+        )
     kinds = sorted(set(strata))
     order = sorted(counts)
     table = np.array([[counts[group][kind] for kind in kinds] for group in order], dtype=float)
@@ -106,7 +110,7 @@ def split_groups(groups: Sequence[str], fractions: dict[str, float], seed: int,
     wanted = share[:, None] * table.sum(0)
 
     shuffled = np.random.default_rng(seed).permutation(len(order))
-    shuffled = shuffled[np.argsort(-table[shuffled].sum(1), kind='stable')]
+    shuffled = shuffled[np.argsort(-table[shuffled].sum(1), kind="stable")]
     have = np.zeros_like(wanted)
     home = {}
     for left, i in zip(range(len(order), 0, -1), shuffled):

@@ -32,8 +32,7 @@ def contrastive_step(encoder, optimizer, views, temperature, cmw=None):
     return Step(loss.detach(), weights)
 
 
-def meta_step(encoder, cmw, optimizer, cmw_optimizer, views, meta_views, temperature, delayed=False,
-              direction="exact"):
+def meta_step(encoder, cmw, optimizer, cmw_optimizer, views, meta_views, temperature, delayed=False, direction="exact"):
     """One step of Meta-USCL: look ahead, learn the weights from clean pairs, step with the new weights.
 
     The meta-loss depends on CMW-Net only through the looked-ahead weights theta' = theta - lr (dL/dtheta + ...),
@@ -144,9 +143,11 @@ def push_forward(encoder, views, tape, direction, how="exact"):
         eps = 5e-6 * norms[0] / norms[1].clamp_min(torch.finfo(norms[1].dtype).tiny)
         with torch.no_grad():
             plus, minus = (
-                recorded(encoder, views, {
-                    **{k: p + sign * eps * direction[k] for k, p in params.items()}, **scratch_buffers(encoder)
-                })[0]
+                recorded(
+                    encoder,
+                    views,
+                    {**{k: p + sign * eps * direction[k] for k, p in params.items()}, **scratch_buffers(encoder)},
+                )[0]
                 for sign in (1, -1)
             )
         dh, dz = ((p.float() - m.float()) / (2 * eps) for p, m in zip(plus, minus))

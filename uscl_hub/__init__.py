@@ -2,17 +2,17 @@
 
 from . import models as _models  # noqa: F401  (registers with timm)
 
-__version__ = '0.1.0'
-__all__ = ['create_transform', 'load_meta_uscl_backbone']
+__version__ = "0.1.0"
+__all__ = ["create_transform", "load_meta_uscl_backbone"]
 
 
 def __getattr__(name):  # PEP 562: what only some users need is imported when they use it
-    if name == 'create_transform':
+    if name == "create_transform":
         from .preprocess import create_transform as value
-    elif name == 'load_meta_uscl_backbone':
+    elif name == "load_meta_uscl_backbone":
         from .load import load_meta_uscl_backbone as value
     else:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return value
 
 

@@ -15,40 +15,39 @@ import torch
 from . import __version__, checkpoints, models
 from .checkpoints import CheckpointError
 
-STAGES = {'0': 'conv1', '1': 'bn1', '4': 'layer1', '5': 'layer2', '6': 'layer3', '7': 'layer4'}
-HEAD = re.compile(r'(l1|l2|linear|fc)\.(weight|bias)')
-NORMALISATION = {'meta_uscl': (0.18, 0.24), 'uscl': (0.5, 0.25)}  # mean, std of the two methods' code
+STAGES = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+HEAD = re.compile(r"(l1|l2|linear|fc)\.(weight|bias)")
+NORMALISATION = {"meta_uscl": (0.18, 0.24), "uscl": (0.5, 0.25)}  # mean, std of the two methods' code
 
 
 def read_pth(path) -> dict[str, torch.Tensor]:
     """The state dict in a .pth file, read with weights_only=True. Raises CheckpointError."""
     try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f'{path}: no such file. Check the path') from None
+        raise CheckpointError(f"{path}: no such file. Check the path") from None
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f'{path}: holds more than tensors (numpy scalars, for example), which is refused because '
-            'unpickling it '
-            'would run its code. If you trust whoever made it, open it once with torch.load(..., '
-            'weights_only=False), '
+            f"{path}: holds more than tensors (numpy scalars, for example), which is refused because "
+            "unpickling it "
+            "would run its code. If you trust whoever made it, open it once with torch.load(..., "
+            "weights_only=False), "
             "save only its tensors with torch.save({'state_dict': {name: tensor, ...}}, NEW), and "
             "convert NEW "
-            f'({_first_line(error)})'
+            f"({_first_line(error)})"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f'{path}: cannot be read as a .pth file ({_first_line(error)}). Download it again'
+            f"{path}: cannot be read as a .pth file ({_first_line(error)}). Download it again"
         ) from error
-    state = content.get('state_dict', content) if isinstance(content, dict) else None
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
     if (
         not isinstance(state, dict)
         or not state
         or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
     ):
         raise CheckpointError(
-            f"{path}: has neither a 'state_dict' of tensors nor is one. It is not one of the "
-            "authors' checkpoints"
+            f"{path}: has neither a 'state_dict' of tensors nor is one. It is not one of the authors' checkpoints"
         )
     return state
 
@@ -59,13 +58,13 @@ def _first_line(error) -> str:
 
 def rename(state: dict[str, torch.Tensor], where) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Legacy names -> (timm's names, dropped head names). Raises CheckpointError on an unknown name."""
-    if all(k.startswith('module.') for k in state):  # saved from DataParallel
-        state = {k.removeprefix('module.'): v for k, v in state.items()}
+    if all(k.startswith("module.") for k in state):  # saved from DataParallel
+        state = {k.removeprefix("module."): v for k, v in state.items()}
     renamed, dropped, unknown = {}, [], []
     for key, value in state.items():
-        match = re.fullmatch(r'features\.(\d+)\.(.+)', key)
+        match = re.fullmatch(r"features\.(\d+)\.(.+)", key)
         if match and match[1] in STAGES:
-            renamed[f'{STAGES[match[1]]}.{match[2]}'] = value
+            renamed[f"{STAGES[match[1]]}.{match[2]}"] = value
         elif HEAD.fullmatch(key):
             dropped.append(key)
         else:
@@ -73,7 +72,7 @@ def rename(state: dict[str, torch.Tensor], where) -> tuple[dict[str, torch.Tenso
     if unknown:
         raise CheckpointError(
             f"{where}: unknown keys {', '.join(unknown)}. It is not one of the authors' ResNet "
-            'checkpoints; nothing was converted'
+            "checkpoints; nothing was converted"
         )
     return renamed, dropped
 
@@ -88,7 +87,7 @@ def convert(source, out, *, normalisation: str | None = None, px: int = 224) -> 
     state, dropped = rename(read_pth(source), source)
     names = {}
     for architecture in models.ARCHITECTURES.values():
-        with torch.device('meta'):
+        with torch.device("meta"):
             names[architecture] = timm.create_model(architecture, num_classes=0)
 
     def distance(a):
@@ -101,39 +100,38 @@ def convert(source, out, *, normalisation: str | None = None, px: int = 224) -> 
     missing, extra = [k for k in expected if k not in state], [k for k in state if k not in expected]
     if missing or extra:
         raise CheckpointError(
-            f'{source}: closest to a {architecture}, but '
-            + ' and '.join(
-                [f"lacks {', '.join(missing)}"] * bool(missing)
-                + [f"has unknown {', '.join(extra)}"] * bool(extra)
+            f"{source}: closest to a {architecture}, but "
+            + " and ".join(
+                [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(extra)}"] * bool(extra)
             )
-            + ' (in our names). Nothing was converted'
+            + " (in our names). Nothing was converted"
         )
     checkpoints.check_for_model(state, names[architecture], where=source)
     if normalisation is None:
-        normalisation = 'uscl' if any(k.startswith(('linear.', 'fc.')) for k in dropped) else 'meta_uscl'
+        normalisation = "uscl" if any(k.startswith(("linear.", "fc.")) for k in dropped) else "meta_uscl"
     mean, std = NORMALISATION[normalisation]
     origin = {
-        'meta_uscl': 'https://github.com/Schuture/Meta-USCL',
-        'uscl': 'https://github.com/983632847/USCL',
+        "meta_uscl": "https://github.com/Schuture/Meta-USCL",
+        "uscl": "https://github.com/983632847/USCL",
     }
-    cfg = models.make_cfg(px, mean, std, origin_url=origin[normalisation], license='other')
-    if normalisation == 'uscl':
+    cfg = models.make_cfg(px, mean, std, origin_url=origin[normalisation], license="other")
+    if normalisation == "uscl":
         cfg.update(
-            paper_name='USCL: Pretraining Deep Ultrasound Image Diagnosis Model through Video Contrastive '
-            'Representation Learning',
-            paper_ids='arXiv:2011.13066',
+            paper_name="USCL: Pretraining Deep Ultrasound Image Diagnosis Model through Video Contrastive "
+            "Representation Learning",
+            paper_ids="arXiv:2011.13066",
         )
     config = {
-        'architecture': architecture,
-        'num_classes': 0,
-        'num_features': names[architecture].num_features,
-        'pretrained_cfg': cfg,
-        'uscl_hub': {
-            'method': normalisation,
-            'converted_from': Path(source).name,
-            'converted_sha256': checkpoints.sha256(source),
-            'dropped': dropped,
-            'version': __version__,
+        "architecture": architecture,
+        "num_classes": 0,
+        "num_features": names[architecture].num_features,
+        "pretrained_cfg": cfg,
+        "uscl_hub": {
+            "method": normalisation,
+            "converted_from": Path(source).name,
+            "converted_sha256": checkpoints.sha256(source),
+            "dropped": dropped,
+            "version": __version__,
         },
     }
     checkpoints.save_folder(out, state, config, _card(architecture, normalisation, Path(source).name))
@@ -148,7 +146,7 @@ license: other
 ---
 # {architecture} converted from `{name}`
 
-The encoder of the authors' {'Meta-USCL' if method == 'meta_uscl' else 'USCL'} checkpoint, converted with
+The encoder of the authors' {"Meta-USCL" if method == "meta_uscl" else "USCL"} checkpoint, converted with
 `uscl-hub convert`. The projection head was dropped. The authors' terms apply to the weights. Not a medical
 device.
 

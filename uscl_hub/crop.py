@@ -5,6 +5,7 @@ text, calipers and borders do not. The temporal variation therefore separates th
 a nearly still clip, a filmed screen) the region falls back to what is not black, or to the whole frame: tissue is
 never given up to be rid of text.
 """
+
 from dataclasses import dataclass
 from typing import Iterable, Sequence
 
@@ -20,6 +21,7 @@ _FURNITURE = 24  # grey levels from which something static is worth removing
 class Region:
     """Pixels of rows top:bottom and columns left:right. mask: bool (H, W) of the whole frame, True inside the image
     area; None if everything in the box belongs to it."""
+
     top: int
     bottom: int
     left: int
@@ -43,7 +45,7 @@ def detect_region(frames: np.ndarray) -> Region:
     From the temporal variation for two frames or more, else (or if hardly anything moves) from what is not black.
     """
     if frames.dtype != np.uint8 or frames.ndim != 3 or not frames.size:
-        raise ValueError(f'detect_region expects uint8 (T, H, W) frames, got {frames.dtype} {frames.shape}')
+        raise ValueError(f"detect_region expects uint8 (T, H, W) frames, got {frames.dtype} {frames.shape}")
     height, width = frames.shape[1:]
     whole = Region(0, height, 0, width)
     if min(height, width) < 16:
@@ -62,23 +64,23 @@ def detect_region(frames: np.ndarray) -> Region:
     top, bottom = max(0, rows[0] - margin) * step, min(height, (rows[-1] + 1 + margin) * step)
     left, right = max(0, columns[0] - margin) * step, min(width, (columns[-1] + 1 + margin) * step)
     outside = content.copy()
-    outside[top // step:-(-bottom // step), left // step:-(-right // step)] = 0
+    outside[top // step : -(-bottom // step), left // step : -(-right // step)] = 0
     mask = _mask(area, content, step, (height, width), (top, bottom, left, right))
     if mask is None and outside.max() <= _FURNITURE and (bottom - top) * (right - left) > 0.7 * height * width:
         return whole  # nothing to be rid of: a shadow at the edge of an image cropped before is not a border
     return Region(int(top), int(bottom), int(left), int(right), mask)
 
 
-def apply_region(frames: np.ndarray, region: Region, mode: str = 'crop') -> np.ndarray:
+def apply_region(frames: np.ndarray, region: Region, mode: str = "crop") -> np.ndarray:
     """frames: uint8 (..., H, W). 'crop': the box alone, black where the box holds static furniture beside the image
     area; 'blank': the whole frame, black outside the image area; 'none': unchanged."""
-    if mode == 'none':
+    if mode == "none":
         return frames
-    if mode not in ('crop', 'blank'):
+    if mode not in ("crop", "blank"):
         raise ValueError(f"crop mode {mode!r} is not 'crop', 'blank' or 'none'")
     box = (..., slice(region.top, region.bottom), slice(region.left, region.right))
     inside = frames[box] if region.mask is None else frames[box] * region.mask[box[1:]]
-    if mode == 'crop':
+    if mode == "crop":
         return inside
     out = np.zeros_like(frames)
     out[box] = inside
@@ -89,7 +91,7 @@ def _shrink(frames: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean brightness (h, w) and frames (T, h, w), float32, by blocks of step x step (the last ones may be cut)."""
     t, height, width = frames.shape
     h, w = -(-height // step), -(-width // step)
-    padded = np.pad(frames, ((0, 0), (0, h * step - height), (0, w * step - width)), mode='edge')
+    padded = np.pad(frames, ((0, 0), (0, h * step - height), (0, w * step - width)), mode="edge")
     small = padded.reshape(t, h, step, w, step).mean((2, 4), dtype=np.float32)
     return small.mean(0), small
 
@@ -155,7 +157,7 @@ def _closing(mask: np.ndarray, reach: int) -> np.ndarray:
     """Binary closing with a disc, by distances; the frame's border counts as outside only after the fact."""
     padded = np.pad(mask, reach + 1)
     grown = ndimage.distance_transform_edt(~padded) <= reach
-    return (ndimage.distance_transform_edt(grown) > reach)[reach + 1:-reach - 1, reach + 1:-reach - 1] | mask
+    return (ndimage.distance_transform_edt(grown) > reach)[reach + 1 : -reach - 1, reach + 1 : -reach - 1] | mask
 
 
 def _mask(area, content, step, shape, box) -> np.ndarray | None:
@@ -165,12 +167,13 @@ def _mask(area, content, step, shape, box) -> np.ndarray | None:
     outside = ~hull[top:bottom, left:right]
     if not (content[top:bottom, left:right][outside] > _FURNITURE).any():
         return None
-    return np.repeat(np.repeat(hull, step, 0), step, 1)[:shape[0], :shape[1]]
+    return np.repeat(np.repeat(hull, step, 0), step, 1)[: shape[0], : shape[1]]
 
 
 def _hull(area: np.ndarray) -> np.ndarray:
     """Filled convex hull of a bool (h, w) map."""
     from scipy.spatial import ConvexHull, QhullError
+
     rows = np.flatnonzero(area.any(1))
     first = area[rows].argmax(1)
     last = area.shape[1] - 1 - area[rows, ::-1].argmax(1)
@@ -211,8 +214,11 @@ def burned_in_text_suspected(frames: np.ndarray) -> bool:
     for start in letters:  # letters of about one height, one line, close together
         size, run, end = start[1] - start[0], 1, start[3]
         for other in letters:
-            if (0 <= other[2] - end <= 1.5 * size and abs(other[1] - start[1]) <= 0.35 * size
-                    and 0.5 * size <= other[1] - other[0] <= 1.6 * size):
+            if (
+                0 <= other[2] - end <= 1.5 * size
+                and abs(other[1] - start[1]) <= 0.35 * size
+                and 0.5 * size <= other[1] - other[0] <= 1.6 * size
+            ):
                 run, end = run + 1, other[3]
         if run >= 4:
             return True
@@ -222,12 +228,16 @@ def burned_in_text_suspected(frames: np.ndarray) -> bool:
 def before_after_sheet(clips: Iterable[tuple[str, np.ndarray, Region, np.ndarray]], path, columns: int = 4):
     """PNG of clip id, a frame uint8 (H, W), its region, and the frame after the crop, side by side."""
     from PIL import Image, ImageDraw
+
     side, tiles = 160, []
     for name, frame, region, after in clips:
-        tile = Image.new('RGB', (2 * side + 6, side + 14), (30, 30, 30))
-        before = Image.fromarray(frame).convert('RGB')
-        ImageDraw.Draw(before).rectangle((region.left, region.top, region.right - 1, region.bottom - 1),
-                                         outline=(255, 200, 0), width=max(1, max(before.size) // 150))
+        tile = Image.new("RGB", (2 * side + 6, side + 14), (30, 30, 30))
+        before = Image.fromarray(frame).convert("RGB")
+        ImageDraw.Draw(before).rectangle(
+            (region.left, region.top, region.right - 1, region.bottom - 1),
+            outline=(255, 200, 0),
+            width=max(1, max(before.size) // 150),
+        )
         for x, picture in ((0, before), (side + 3, Image.fromarray(np.ascontiguousarray(after)))):
             picture.thumbnail((side, side))
             tile.paste(picture, (x, 12))
@@ -236,7 +246,7 @@ def before_after_sheet(clips: Iterable[tuple[str, np.ndarray, Region, np.ndarray
     if not tiles:
         return
     rows = -(-len(tiles) // columns)
-    sheet = Image.new('RGB', (columns * tiles[0].width, rows * tiles[0].height))
+    sheet = Image.new("RGB", (columns * tiles[0].width, rows * tiles[0].height))
     for i, tile in enumerate(tiles):
         sheet.paste(tile, (i % columns * tile.width, i // columns * tile.height))
     sheet.save(path)

@@ -14,9 +14,7 @@ from .preprocess import create_transform
 TOLERANCE = 1e-4  # of the largest feature, relative
 
 
-def export(
-    what: str, output, *, format: str, name: str = 'meta_uscl_resnet18', revision=None, frames=None
-) -> dict:
+def export(what: str, output, *, format: str, name: str = "meta_uscl_resnet18", revision=None, frames=None) -> dict:
     """Write the backbone `what` (as for load_meta_uscl_backbone; or a model name) to a file with a dynamic
     batch.
 
@@ -25,25 +23,23 @@ def export(
     is too large.
     """
     output = Path(output)
-    architecture = what.split('.')[0]
+    architecture = what.split(".")[0]
     if architecture in models.ARCHITECTURES:
         name, what = architecture, (None if what == architecture else what)
     model = load_meta_uscl_backbone(name, checkpoint=what, revision=revision)
     batch, source = _batch(create_transform(model), frames)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f'.{os.getpid()}.{output.name}')
-    dynamic = {'x': {0: torch.export.Dim('batch', min=1, max=65536)}}
+    temporary = output.with_name(f".{os.getpid()}.{output.name}")
+    dynamic = {"x": {0: torch.export.Dim("batch", min=1, max=65536)}}
     try:
         with torch.no_grad():
-            program = torch.export.export(
-                model, (batch[:2],), dynamic_shapes=dynamic
-            )  # of 1 it would be a constant
-            if format == 'onnx':
+            program = torch.export.export(model, (batch[:2],), dynamic_shapes=dynamic)  # of 1 it would be a constant
+            if format == "onnx":
                 run = _onnx(program, temporary)
             else:
-                with open(temporary, 'wb') as f:
+                with open(temporary, "wb") as f:
                     torch.export.save(program, f)
-                with open(temporary, 'rb') as f:
+                with open(temporary, "rb") as f:
                     run = torch.export.load(f).module()
             difference, scale = 0.0, 1e-12
             for n in (len(batch), 1):
@@ -52,18 +48,18 @@ def export(
                 scale = max(scale, float(want.abs().max()))
         if not difference <= TOLERANCE * scale:
             raise CheckpointError(
-                f'{output}: the {format} file differs from PyTorch by {difference:g}; it was not kept'
+                f"{output}: the {format} file differs from PyTorch by {difference:g}; it was not kept"
             )
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
     return {
-        'output': str(output),
-        'format': format,
-        'max_difference': difference,
-        'frames': len(batch),
-        'source': source,
-        'input': ['batch', *batch.shape[1:]],
+        "output": str(output),
+        "format": format,
+        "max_difference": difference,
+        "frames": len(batch),
+        "source": source,
+        "input": ["batch", *batch.shape[1:]],
     }
 
 
@@ -72,20 +68,18 @@ def _onnx(program, path: Path):
         import onnxruntime
         import onnxscript  # noqa: F401  (torch.onnx needs it)
     except ImportError as error:
-        raise ImportError(
-            "ONNX needs onnx, onnxscript and onnxruntime: pip install 'uscl-hub[export]'"
-        ) from error
+        raise ImportError("ONNX needs onnx, onnxscript and onnxruntime: pip install 'uscl-hub[export]'") from error
     torch.onnx.export(
         program,
         (),
         str(path),
         dynamo=True,
         external_data=False,
-        input_names=['image'],
-        output_names=['features'],
+        input_names=["image"],
+        output_names=["features"],
         verbose=False,
     )
-    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda x: session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
 
 
@@ -93,7 +87,7 @@ def _batch(transform, frames) -> tuple[torch.Tensor, str]:
     """At least 2 preprocessed frames, and what they are."""
     if frames is None:
         noise = np.random.default_rng(0).rayleigh(40, (4, 96, 128)).clip(0, 255).astype(np.uint8)
-        return torch.stack([transform(frame) for frame in noise]), 'synthetic'
+        return torch.stack([transform(frame) for frame in noise]), "synthetic"
     from .media import UnreadableClip, decode, find_clips
 
     taken = []
@@ -103,5 +97,5 @@ def _batch(transform, frames) -> tuple[torch.Tensor, str]:
         except UnreadableClip as error:
             raise ValueError(str(error)) from error
     if not taken:
-        raise ValueError(f'{frames}: no image, video or DICOM file')
-    return torch.stack(taken if len(taken) > 1 else taken * 2), 'real'
+        raise ValueError(f"{frames}: no image, video or DICOM file")
+    return torch.stack(taken if len(taken) > 1 else taken * 2), "real"

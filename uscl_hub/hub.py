@@ -16,7 +16,7 @@ from .checkpoints import (
 
 def is_repo_id(text: str) -> bool:
     """Whether text has the form org/name."""
-    return re.fullmatch(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*', text) is not None and '..' not in text
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None and ".." not in text
 
 
 def fetch(repo: str, filename: str, revision: str | None = None, cache_dir=None) -> Path:
@@ -27,17 +27,15 @@ def fetch(repo: str, filename: str, revision: str | None = None, cache_dir=None)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import HFValidationError
 
-    what = f'{repo}{f"@{revision}" if revision else ""}/{filename}'
+    what = f"{repo}{f'@{revision}' if revision else ''}/{filename}"
     try:
-        path = Path(
-            hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir, library_name='uscl-hub')
-        )
+        path = Path(hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir, library_name="uscl-hub"))
     except HFValidationError as error:
-        raise CheckpointError(f'{what}: not a Hub id of the form org/name ({error})') from error
+        raise CheckpointError(f"{what}: not a Hub id of the form org/name ({error})") from error
     except _transport_errors() as error:
-        raise CheckpointError(f'{what}: {_explain(error)}') from error
+        raise CheckpointError(f"{what}: {_explain(error)}") from error
     blob = path.resolve()
-    if re.fullmatch('[0-9a-f]{64}', blob.name):
+    if re.fullmatch("[0-9a-f]{64}", blob.name):
         check_sha256(blob, blob.name)
     return path
 
@@ -46,7 +44,7 @@ def fetch_folder(repo: str, revision: str | None = None, cache_dir=None) -> Path
     """The folder in the cache that holds config.json and model.safetensors of one commit of a repository."""
     folder = fetch(repo, CONFIG_NAME, revision, cache_dir).parent
     # the snapshot's folder is the commit: both files then are of the same one, whatever happens in between
-    commit = folder.name if re.fullmatch('[0-9a-f]{40}', folder.name) else revision
+    commit = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else revision
     fetch(repo, WEIGHTS_NAME, commit, cache_dir)
     return folder
 
@@ -60,23 +58,19 @@ def push(folder, repo: str, *, private: bool = False, revision: str | None = Non
 
     folder = Path(folder)
     if not is_repo_id(repo):
-        raise CheckpointError(f'{repo}: not a Hub id of the form org/name')
+        raise CheckpointError(f"{repo}: not a Hub id of the form org/name")
     check_folder(folder)
     if not (folder / CARD_NAME).is_file():
-        raise CheckpointError(
-            f'{folder / CARD_NAME}: no such file. A checkpoint is not shared without its model card'
-        )
+        raise CheckpointError(f"{folder / CARD_NAME}: no such file. A checkpoint is not shared without its model card")
     files = [CommitOperationAdd(name, str(folder / name)) for name in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME)]
-    api = HfApi(library_name='uscl-hub')
+    api = HfApi(library_name="uscl-hub")
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        return api.create_commit(
-            repo, files, commit_message='Upload with uscl-hub', revision=revision
-        ).commit_url
+        return api.create_commit(repo, files, commit_message="Upload with uscl-hub", revision=revision).commit_url
     except _transport_errors() as error:
-        raise CheckpointError(f'{repo}: {_explain(error)}') from error
+        raise CheckpointError(f"{repo}: {_explain(error)}") from error
     except ValueError as error:  # the Hub's own check of the card's YAML header
-        raise CheckpointError(f'{folder / CARD_NAME}: {error}') from error
+        raise CheckpointError(f"{folder / CARD_NAME}: {error}") from error
 
 
 def _transport_errors() -> tuple:
@@ -90,26 +84,22 @@ def _transport_errors() -> tuple:
 def _explain(error) -> str:
     from huggingface_hub import constants, errors
 
-    status = getattr(getattr(error, 'response', None), 'status_code', None)
+    status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
-        return 'is gated. Ask for access on its Hub page, then log in with `hf auth login` (or set HF_TOKEN)'
+        return "is gated. Ask for access on its Hub page, then log in with `hf auth login` (or set HF_TOKEN)"
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
         return (
-            'no such repository on the Hub, or it is private. Check the name; if it is right, log in with '
-            '`hf auth login` (or set HF_TOKEN) as someone who may use it'
+            "no such repository on the Hub, or it is private. Check the name; if it is right, log in with "
+            "`hf auth login` (or set HF_TOKEN) as someone who may use it"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return 'the repository has no such revision. Use an existing branch, tag or full commit hash'
+        return "the repository has no such revision. Use an existing branch, tag or full commit hash"
     if isinstance(error, errors.LocalEntryNotFoundError):
         if constants.HF_HUB_OFFLINE:
-            return (
-                'not in the local cache, and HF_HUB_OFFLINE is set. Unset it, or download once while online'
-            )
-        return (
-            f'could not be reached and is not in the local cache. Check the network and {constants.ENDPOINT}'
-        )
+            return "not in the local cache, and HF_HUB_OFFLINE is set. Unset it, or download once while online"
+        return f"could not be reached and is not in the local cache. Check the network and {constants.ENDPOINT}"
     if isinstance(error, errors.EntryNotFoundError):
-        return 'the repository has no such file. It is not an export of ours: check the name and revision'
+        return "the repository has no such file. It is not an export of ours: check the name and revision"
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return 'HF_HUB_OFFLINE is set. Unset it to use the Hub'
-    return f'the transfer failed ({type(error).__name__}: {str(error).strip() or "no detail"}). Try again'
+        return "HF_HUB_OFFLINE is set. Unset it to use the Hub"
+    return f"the transfer failed ({type(error).__name__}: {str(error).strip() or 'no detail'}). Try again"

@@ -5,6 +5,7 @@ transfer syntaxes too) by pydicom, numbered frames in a folder as one clip, any 
 Headers are never believed: every limit is checked on what is about to be, or has been, decoded. Of a DICOM file
 only pixels and the frame rate are used; no tag is copied, logged or quoted in an error.
 """
+
 import logging
 import os
 import re
@@ -24,12 +25,12 @@ MAX_PIXELS = 4096 * 4096  # a frame; larger ones are mosaics, slides or decompre
 MAX_FRAMES = 100_000  # a clip
 MAX_BYTES = 4 * 2**30  # of one clip decoded as a whole by `decode`
 
-VIDEO = {'.mp4', '.m4v', '.mov', '.avi', '.mpeg', '.mpg', '.webm', '.mkv', '.wmv', '.gif'}
-IMAGE = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.jp2', '.pgm', '.ppm'}
-DICOM = {'.dcm', '.dicom', '.ima'}
+VIDEO = {".mp4", ".m4v", ".mov", ".avi", ".mpeg", ".mpg", ".webm", ".mkv", ".wmv", ".gif"}
+IMAGE = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".jp2", ".pgm", ".ppm"}
+DICOM = {".dcm", ".dicom", ".ima"}
 
 # A renamed playlist must not make the decoder open other files or the network.
-_DEMUXERS = ('mov,mp4,m4a,3gp,3g2,mj2,avi,mpeg,mpegvideo,mpegts,matroska,webm,asf,gif,h264,hevc,m4v')
+_DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,mpeg,mpegvideo,mpegts,matroska,webm,asf,gif,h264,hevc,m4v"
 
 
 class UnreadableClip(Exception):
@@ -40,12 +41,13 @@ class UnreadableClip(Exception):
         self.path, self.reason = Path(path), reason
 
     def __str__(self):
-        return f'{self.path}: {self.reason}'
+        return f"{self.path}: {self.reason}"
 
 
 @dataclass(frozen=True)
 class Clip:
     """id: posix path relative to its root, the root's folder name first. kind: video, dicom, frames or image."""
+
     id: str
     source: str
     kind: str
@@ -53,6 +55,7 @@ class Clip:
 
 
 # ---------------------------------------------------------------------------------------------- finding clips
+
 
 def find_clips(roots: Sequence[Path | str]) -> list[Clip]:
     """All clips below `roots` (folders, any nesting, or single files), sorted by id.
@@ -66,7 +69,7 @@ def find_clips(roots: Sequence[Path | str]) -> list[Clip]:
     resolved = list(dict.fromkeys(Path(root).resolve() for root in roots))
     for root in resolved:
         if not root.exists():
-            raise FileNotFoundError(f'{root}: no such file or folder')
+            raise FileNotFoundError(f"{root}: no such file or folder")
     folders = {root: root if root.is_dir() else root.parent for root in resolved}
     names = _source_names(set(folders.values()))
     clips = {}
@@ -87,7 +90,7 @@ def _source_names(folders: set[Path]) -> dict[Path, str]:
             tail = folder.parts[-depth:]
             if not any(other != folder and other.parts[-depth:] == tail for other in folders):
                 break
-        names[folder] = '/'.join(part.strip('/\\:') or 'root' for part in tail)
+        names[folder] = "/".join(part.strip("/\\:") or "root" for part in tail)
     return names
 
 
@@ -99,41 +102,41 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield Path(parent), files
 
 
 def _clips_of_folder(parent: Path, names: list[str], root: Path, source: str) -> Iterator[Clip]:
-    prefix = '/'.join((source, *parent.relative_to(root).parts))
+    prefix = "/".join((source, *parent.relative_to(root).parts))
     numbered = defaultdict(list)
     for name in sorted(names):
         path = parent / name
         extension = path.suffix.lower()
-        if name.startswith('.') or not path.is_file():
+        if name.startswith(".") or not path.is_file():
             continue
         if extension in IMAGE:
-            match = re.fullmatch(r'(.*?)(\d+)(\D*)', path.stem, re.DOTALL)
+            match = re.fullmatch(r"(.*?)(\d+)(\D*)", path.stem, re.DOTALL)
             if match:
                 numbered[match[1], match[3], extension].append((int(match[2]), name))
             else:
-                yield Clip(f'{prefix}/{name}', source, 'image', (path,))
+                yield Clip(f"{prefix}/{name}", source, "image", (path,))
         elif extension in VIDEO:
-            yield Clip(f'{prefix}/{name}', source, 'video', (path,))
+            yield Clip(f"{prefix}/{name}", source, "video", (path,))
         elif extension in DICOM or (not extension[1:].isalpha() and _has_dicom_magic(path)):
-            yield Clip(f'{prefix}/{name}', source, 'dicom', (path,))
+            yield Clip(f"{prefix}/{name}", source, "dicom", (path,))
     for (before, after, extension), frames in numbered.items():
         files = tuple(parent / name for _, name in sorted(frames))
         if len(files) == 1 or _sizes_differ(files):
             for path in files:
-                yield Clip(f'{prefix}/{path.name}', source, 'image', (path,))
+                yield Clip(f"{prefix}/{path.name}", source, "image", (path,))
         else:
-            yield Clip(f'{prefix}/{before}#{after}{extension}', source, 'frames', files)
+            yield Clip(f"{prefix}/{before}#{after}{extension}", source, "frames", files)
 
 
 def _has_dicom_magic(path: Path) -> bool:
     try:
-        with open(path, 'rb') as file:
-            return file.read(132)[128:] == b'DICM'
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
     except OSError:
         return False
 
@@ -143,7 +146,7 @@ def _sizes_differ(files: tuple[Path, ...]) -> bool:
     for i in sorted({round(x) for x in np.linspace(0, len(files) - 1, 8)}):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter('ignore')
+                warnings.simplefilter("ignore")
                 with Image.open(files[i]) as image:
                     sizes.add(image.size)
         except Exception:  # noqa: BLE001 - an unreadable frame says nothing here; decoding reports it
@@ -152,6 +155,7 @@ def _sizes_differ(files: tuple[Path, ...]) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------- decoding
+
 
 def decode(clip: Clip, max_frames: int | None = None, stride: int = 1) -> tuple[np.ndarray, float | None]:
     """uint8 (T, H, W) grey frames and the frames per second of the file, None if unknown.
@@ -162,22 +166,26 @@ def decode(clip: Clip, max_frames: int | None = None, stride: int = 1) -> tuple[
     for frame, fps in iter_frames(clip, max_frames, stride):
         total += frame.nbytes
         if total > MAX_BYTES:
-            raise UnreadableClip(_path(clip), f'more than {MAX_BYTES >> 30} GiB of decoded frames; '
-                                 'give a stride or a largest number of frames')
+            raise UnreadableClip(
+                _path(clip),
+                f"more than {MAX_BYTES >> 30} GiB of decoded frames; give a stride or a largest number of frames",
+            )
         frames.append(frame)
     return np.stack(frames), fps
 
 
-def iter_frames(clip: Clip, max_frames: int | None = None, stride: int = 1) -> Iterator[tuple[np.ndarray, float | None]]:
+def iter_frames(
+    clip: Clip, max_frames: int | None = None, stride: int = 1
+) -> Iterator[tuple[np.ndarray, float | None]]:
     """Yields (uint8 (H, W), frames per second) one frame at a time, all of the first frame's size.
 
     A frame of another size is resized to the first one's, with a warning. Raises UnreadableClip, also if there is
     no frame at all or there are more than MAX_FRAMES; ImportError if the decoder's library is not installed.
     """
     if stride < 1 or (max_frames is not None and max_frames < 1):
-        raise ValueError(f'stride and max_frames must be at least 1, got {stride} and {max_frames}')
-    reader = {'video': _video, 'dicom': _dicom, 'frames': _frames, 'image': _image}[clip.kind]
-    if clip.kind == 'video' and clip.files[0].suffix.lower() == '.gif':
+        raise ValueError(f"stride and max_frames must be at least 1, got {stride} and {max_frames}")
+    reader = {"video": _video, "dicom": _dicom, "frames": _frames, "image": _image}[clip.kind]
+    if clip.kind == "video" and clip.files[0].suffix.lower() == ".gif":
         reader = _image  # Pillow composes partial frames; FFmpeg gives the same with more ado
     shape, taken = None, 0
     try:
@@ -185,34 +193,34 @@ def iter_frames(clip: Clip, max_frames: int | None = None, stride: int = 1) -> I
             if shape is None:
                 shape = grey.shape
             elif grey.shape != shape:
-                warnings.warn(f'frames differ in size: resized to the first, {shape[1]} x {shape[0]}', stacklevel=2)
+                warnings.warn(f"frames differ in size: resized to the first, {shape[1]} x {shape[0]}", stacklevel=2)
                 grey = np.array(Image.fromarray(grey).resize(shape[::-1], Image.Resampling.BILINEAR))
             yield grey, fps
             taken += 1
             if taken == max_frames:
                 return
             if taken >= MAX_FRAMES:
-                raise UnreadableClip(_path(clip), f'more than {MAX_FRAMES} frames; give a largest number of frames')
+                raise UnreadableClip(_path(clip), f"more than {MAX_FRAMES} frames; give a largest number of frames")
     except (OSError, MemoryError) as error:
         raise UnreadableClip(_path(clip), _reason(error)) from error
     if taken == 0:
-        raise UnreadableClip(_path(clip), 'holds no frame')
+        raise UnreadableClip(_path(clip), "holds no frame")
 
 
 def _path(clip: Clip) -> Path:
-    return clip.files[0].parent if clip.kind == 'frames' else clip.files[0]
+    return clip.files[0].parent if clip.kind == "frames" else clip.files[0]
 
 
 def _reason(error: BaseException) -> str:
-    text = ' '.join((getattr(error, 'strerror', None) or str(error)).split())[:200]
-    return f'{type(error).__name__}: {text}' if text else type(error).__name__
+    text = " ".join((getattr(error, "strerror", None) or str(error)).split())[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _check_pixels(path: Path, width: int, height: int):
     if width < 2 or height < 2:
-        raise UnreadableClip(path, f'{width} x {height} pixels: too small to be an image')
+        raise UnreadableClip(path, f"{width} x {height} pixels: too small to be an image")
     if width * height > MAX_PIXELS:
-        raise UnreadableClip(path, f'{width} x {height} pixels: the limit is {MAX_PIXELS / 1e6:.1f} million a frame')
+        raise UnreadableClip(path, f"{width} x {height} pixels: the limit is {MAX_PIXELS / 1e6:.1f} million a frame")
 
 
 def _video(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]:
@@ -224,46 +232,51 @@ def _video(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]
     count = 0
     try:
         # absolute, so that a name like 'http:x.mp4' is a file; tags in any encoding
-        with av.open(os.path.abspath(path), metadata_errors='ignore', options={
-                'protocol_whitelist': 'file', 'format_whitelist': _DEMUXERS}) as container:
+        with av.open(
+            os.path.abspath(path),
+            metadata_errors="ignore",
+            options={"protocol_whitelist": "file", "format_whitelist": _DEMUXERS},
+        ) as container:
             if not container.streams.video:
-                raise UnreadableClip(path, 'no video stream')
+                raise UnreadableClip(path, "no video stream")
             stream = container.streams.video[0]
-            stream.thread_type, stream.thread_count = 'NONE', 1  # processes, not threads, share the cores
+            stream.thread_type, stream.thread_count = "NONE", 1  # processes, not threads, share the cores
             context = stream.codec_context
             if context is None:
-                raise UnreadableClip(path, 'no decoder for its video codec')
+                raise UnreadableClip(path, "no decoder for its video codec")
             if context.width and context.height:
                 _check_pixels(path, context.width, context.height)
             rate = stream.average_rate or stream.guessed_rate
             fps = float(rate) if rate and 0 < rate < 10_000 else None
             for frame in container.decode(stream):
                 if frame.is_corrupt:
-                    raise UnreadableClip(path, f'damaged at frame {count}')
+                    raise UnreadableClip(path, f"damaged at frame {count}")
                 if count % stride == 0:
                     _check_pixels(path, frame.width, frame.height)
-                    grey = frame.to_ndarray(format='gray')
+                    grey = frame.to_ndarray(format="gray")
                     if frame.rotation % 360:
                         grey = np.rot90(grey, round(frame.rotation / 90))
                     yield np.ascontiguousarray(grey), fps
                 count += 1
             if count < 0.9 * stream.frames:
-                warnings.warn(f'its header says {stream.frames} frames, {count} could be decoded', stacklevel=2)
+                warnings.warn(f"its header says {stream.frames} frames, {count} could be decoded", stacklevel=2)
     except (av.error.FFmpegError, ValueError) as error:
-        where = f'damaged after frame {count}: ' if count else ''
+        where = f"damaged after frame {count}: " if count else ""
         raise UnreadableClip(path, where + _reason(error)) from error
 
 
 def _open_image(path: Path):
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # Pillow's own bomb warning: our limit is lower
+            warnings.simplefilter("ignore")  # Pillow's own bomb warning: our limit is lower
             image = Image.open(path)
     except Image.DecompressionBombError as error:
-        raise UnreadableClip(path, f'more pixels than the limit of {MAX_PIXELS / 1e6:.1f} million a frame') from error
+        raise UnreadableClip(path, f"more pixels than the limit of {MAX_PIXELS / 1e6:.1f} million a frame") from error
     except Exception as error:  # Pillow's parsers raise nearly anything on hostile bytes
-        raise UnreadableClip(path, 'not an image that Pillow can read' if isinstance(error, Image.UnidentifiedImageError)
-                             else _reason(error)) from error
+        raise UnreadableClip(
+            path,
+            "not an image that Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else _reason(error),
+        ) from error
     return image
 
 
@@ -276,8 +289,8 @@ def _image(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]
         while True:
             try:
                 if index == 0:
-                    animated = getattr(image, 'is_animated', False)  # reads the file
-                    duration = image.info.get('duration') if animated else None
+                    animated = getattr(image, "is_animated", False)  # reads the file
+                    duration = image.info.get("duration") if animated else None
                     fps = 1000 / duration if isinstance(duration, (int, float)) and duration > 0 else None
                 image.seek(index)
                 _check_pixels(path, *image.size)
@@ -287,7 +300,7 @@ def _image(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]
             except UnreadableClip:
                 raise
             except Exception as error:  # as in _open_image
-                raise UnreadableClip(path, (f'damaged at frame {index}: ' if index else '') + _reason(error)) from error
+                raise UnreadableClip(path, (f"damaged at frame {index}: " if index else "") + _reason(error)) from error
             if index % stride == 0:
                 yield grey, fps
             index += 1
@@ -297,7 +310,7 @@ def _image(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]
 
 def _frames(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]:
     for path in clip.files[::stride]:
-        for frame in _image(Clip(clip.id, clip.source, 'image', (path,)), 1):
+        for frame in _image(Clip(clip.id, clip.source, "image", (path,)), 1):
             yield frame[0], None
             break  # one frame a file
 
@@ -305,11 +318,11 @@ def _frames(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]
 @contextmanager
 def _quiet_pydicom():
     """Its warnings and log lines quote tag values."""
-    logger = logging.getLogger('pydicom')
+    logger = logging.getLogger("pydicom")
     disabled, logger.disabled = logger.disabled, True
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
+            warnings.simplefilter("ignore")
             yield
     finally:
         logger.disabled = disabled
@@ -326,19 +339,19 @@ def _dicom(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]
         try:
             data = pydicom.dcmread(path)
         except Exception as error:  # its message may quote a tag: only the kind of error is passed on
-            raise UnreadableClip(path, f'not a readable DICOM file ({type(error).__name__})') from None
+            raise UnreadableClip(path, f"not a readable DICOM file ({type(error).__name__})") from None
         try:
-            if 'PixelData' not in data:
-                raise UnreadableClip(path, 'a DICOM file without pixel data')
+            if "PixelData" not in data:
+                raise UnreadableClip(path, "a DICOM file without pixel data")
             _check_pixels(path, int(data.Columns), int(data.Rows))
             frames, fps = _number_of_frames(data), _dicom_fps(data)
             syntax = data.file_meta.TransferSyntaxUID.name
         except UnreadableClip:
             raise
         except Exception as error:
-            raise UnreadableClip(path, f'DICOM pixel attributes missing or invalid ({type(error).__name__})') from None
+            raise UnreadableClip(path, f"DICOM pixel attributes missing or invalid ({type(error).__name__})") from None
         if frames > MAX_FRAMES:
-            raise UnreadableClip(path, f'claims {frames} frames; the limit is {MAX_FRAMES}')
+            raise UnreadableClip(path, f"claims {frames} frames; the limit is {MAX_FRAMES}")
         pixels = iter_pixels(data, indices=range(0, frames, stride))
     while True:
         with _quiet_pydicom():
@@ -348,16 +361,16 @@ def _dicom(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]
                     return
                 grey = _dicom_grey(frame, data)
             except Exception as error:
-                raise UnreadableClip(path, f'pixel data cannot be decoded ({syntax}, {type(error).__name__})') from None
+                raise UnreadableClip(path, f"pixel data cannot be decoded ({syntax}, {type(error).__name__})") from None
         yield grey, fps
 
 
 def _number_of_frames(data) -> int:
-    return max(1, int(data.get('NumberOfFrames') or 1))
+    return max(1, int(data.get("NumberOfFrames") or 1))
 
 
 def _dicom_fps(data) -> float | None:
-    for name, fps in (('FrameTime', lambda ms: 1000 / ms), ('CineRate', float), ('RecommendedDisplayFrameRate', float)):
+    for name, fps in (("FrameTime", lambda ms: 1000 / ms), ("CineRate", float), ("RecommendedDisplayFrameRate", float)):
         try:
             value = fps(float(data.get(name)))
         except (TypeError, ValueError, ZeroDivisionError):
@@ -371,7 +384,7 @@ def _dicom_grey(frame: np.ndarray, data) -> np.ndarray:
     """One decoded frame -> uint8 (H, W) as it would be displayed."""
     from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
 
-    if data.PhotometricInterpretation == 'PALETTE COLOR':
+    if data.PhotometricInterpretation == "PALETTE COLOR":
         frame = apply_color_lut(frame, data)
         # a 16 bit palette fills 16 bits, or 8 bits written into 16
         return to_grey(frame if frame.dtype == np.uint8 or frame.max() > 255 else frame.astype(np.uint8))
@@ -380,11 +393,11 @@ def _dicom_grey(frame: np.ndarray, data) -> np.ndarray:
     bits, signed = int(data.BitsStored), bool(data.PixelRepresentation)
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     values = frame
-    if 'WindowWidth' in data or 'VOILUTSequence' in data:
+    if "WindowWidth" in data or "VOILUTSequence" in data:
         values = apply_voi_lut(apply_modality_lut(frame, data), data, index=0)
-        if 'VOILUTSequence' in data:
+        if "VOILUTSequence" in data:
             low, high = 0, 2 ** int(data.VOILUTSequence[0].LUTDescriptor[2]) - 1
-        elif 'RescaleSlope' in data:  # pydicom's output range follows the rescaled one
+        elif "RescaleSlope" in data:  # pydicom's output range follows the rescaled one
             low, high = sorted(float(data.RescaleSlope) * x + float(data.RescaleIntercept) for x in (low, high))
     grey = np.rint((values.astype(np.float64) - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
-    return 255 - grey if data.PhotometricInterpretation == 'MONOCHROME1' else grey
+    return 255 - grey if data.PhotometricInterpretation == "MONOCHROME1" else grey

@@ -27,50 +27,50 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from .preprocess import MEAN, STD
 
-WEIGHTS = Path(__file__).parent / 'weights'
+WEIGHTS = Path(__file__).parent / "weights"
 ARCHITECTURES = {  # ours -> timm's, by which exports are known so that timm loads them without this package
-    'meta_uscl_resnet18': 'resnet18',
-    'meta_uscl_resnet34': 'resnet34',
-    'meta_uscl_resnet50': 'resnet50',
+    "meta_uscl_resnet18": "resnet18",
+    "meta_uscl_resnet34": "resnet34",
+    "meta_uscl_resnet50": "resnet50",
 }
 PX = 64  # input size where no checkpoint says otherwise
 
 
 def releases() -> dict[str, dict]:
     """Released checkpoints by timm name ('meta_uscl_resnet18.<tag>'), in order of preference."""
-    return json.loads((WEIGHTS / 'registry.json').read_text(encoding='utf-8'))
+    return json.loads((WEIGHTS / "registry.json").read_text(encoding="utf-8"))
 
 
 def make_cfg(px: int = PX, mean: float = MEAN, std: float = STD, **extra) -> dict:
     """A full pretrained_cfg in timm's format, for an ultrasound backbone with square inputs of px pixels."""
     return {
-        'num_classes': 0,
-        'input_size': (3, px, px),
-        'pool_size': (-(-px // 32),) * 2,
-        'fixed_input_size': False,
-        'interpolation': 'bilinear',
-        'crop_pct': 1.0,
-        'crop_mode': 'squash',
-        'mean': (mean,) * 3,
-        'std': (std,) * 3,
-        'first_conv': 'conv1',
-        'classifier': 'fc',
-        'license': 'apache-2.0',
-        'origin_url': 'https://github.com/Schuture/Meta-USCL',
-        'paper_name': 'Generating and Weighting Semantically Consistent Sample Pairs for Ultrasound '
-        'Contrastive Learning',
-        'paper_ids': 'arXiv:2212.04097',
+        "num_classes": 0,
+        "input_size": (3, px, px),
+        "pool_size": (-(-px // 32),) * 2,
+        "fixed_input_size": False,
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+        "mean": (mean,) * 3,
+        "std": (std,) * 3,
+        "first_conv": "conv1",
+        "classifier": "fc",
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/Schuture/Meta-USCL",
+        "paper_name": "Generating and Weighting Semantically Consistent Sample Pairs for Ultrasound "
+        "Contrastive Learning",
+        "paper_ids": "arXiv:2212.04097",
         **extra,
     }
 
 
 def _release_cfg(entry: dict) -> dict:
     source = {}
-    if entry.get('file'):
-        source['file'] = str(WEIGHTS / entry['file'])
-    if entry.get('hub_id'):
-        source.update(hf_hub_id=entry['hub_id'], hf_hub_filename='model.safetensors')
-    return make_cfg(entry['px'], license=entry['licence'], description=entry.get('data'), **source)
+    if entry.get("file"):
+        source["file"] = str(WEIGHTS / entry["file"])
+    if entry.get("hub_id"):
+        source.update(hf_hub_id=entry["hub_id"], hf_hub_filename="model.safetensors")
+    return make_cfg(entry["px"], license=entry["licence"], description=entry.get("data"), **source)
 
 
 def _default_cfgs():
@@ -90,14 +90,14 @@ def _create(variant: str, pretrained: bool, **kwargs):
     # source, the weights are a safetensors file: timm alone would fall back to unpickling.
     from . import checkpoints
 
-    overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
-    cfg = resolve_pretrained_cfg(variant, kwargs.pop('pretrained_cfg', None), overlay)
+    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    cfg = resolve_pretrained_cfg(variant, kwargs.pop("pretrained_cfg", None), overlay)
     if cfg.state_dict is None:
-        cfg_file = checkpoints.locate(variant, cfg, kwargs.get('cache_dir'))
+        cfg_file = checkpoints.locate(variant, cfg, kwargs.get("cache_dir"))
         where = str(cfg_file)
         overlay.update(file=where, source=None)
     else:
-        where = 'the given state_dict'
+        where = "the given state_dict"
     return build_model_with_cfg(
         ResNet,
         variant,
@@ -114,22 +114,16 @@ def _create(variant: str, pretrained: bool, **kwargs):
 @register_model
 def meta_uscl_resnet18(pretrained: bool = False, **kwargs) -> ResNet:
     """ResNet-18 pretrained on ultrasound video with Meta-USCL: 512 features, 11.2 M parameters."""
-    return _create(
-        'meta_uscl_resnet18', pretrained, **dict(dict(block=BasicBlock, layers=(2, 2, 2, 2)), **kwargs)
-    )
+    return _create("meta_uscl_resnet18", pretrained, **dict(dict(block=BasicBlock, layers=(2, 2, 2, 2)), **kwargs))
 
 
 @register_model
 def meta_uscl_resnet34(pretrained: bool = False, **kwargs) -> ResNet:
     """ResNet-34 pretrained on ultrasound video with Meta-USCL: 512 features, 21.3 M parameters."""
-    return _create(
-        'meta_uscl_resnet34', pretrained, **dict(dict(block=BasicBlock, layers=(3, 4, 6, 3)), **kwargs)
-    )
+    return _create("meta_uscl_resnet34", pretrained, **dict(dict(block=BasicBlock, layers=(3, 4, 6, 3)), **kwargs))
 
 
 @register_model
 def meta_uscl_resnet50(pretrained: bool = False, **kwargs) -> ResNet:
     """ResNet-50 pretrained on ultrasound video with Meta-USCL: 2048 features, 23.5 M parameters."""
-    return _create(
-        'meta_uscl_resnet50', pretrained, **dict(dict(block=Bottleneck, layers=(3, 4, 6, 3)), **kwargs)
-    )
+    return _create("meta_uscl_resnet50", pretrained, **dict(dict(block=Bottleneck, layers=(3, 4, 6, 3)), **kwargs))

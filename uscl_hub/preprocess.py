@@ -24,16 +24,16 @@ def to_grey(image) -> np.ndarray:
     NaN.
     """
     if isinstance(image, Image.Image):
-        if image.mode == 'L':
+        if image.mode == "L":
             return _not_empty(np.array(image))
-        if not (image.mode == 'F' or image.mode.startswith('I')):
-            return _not_empty(np.array(image.convert('L')))
+        if not (image.mode == "F" or image.mode.startswith("I")):
+            return _not_empty(np.array(image.convert("L")))
         array = np.array(image)
-        if image.mode == 'I':  # PIL's 32 bit integers are how it opens some 16 bit files
+        if image.mode == "I":  # PIL's 32 bit integers are how it opens some 16 bit files
             if array.size and (array.min() < 0 or array.max() > 65535):
                 raise ValueError(
-                    f'image of mode I has values from {array.min()} to {array.max()}; '
-                    'only 16 bit (0 to 65535) is understood: rescale it first'
+                    f"image of mode I has values from {array.min()} to {array.max()}; "
+                    "only 16 bit (0 to 65535) is understood: rescale it first"
                 )
             array = array.astype(np.uint16)
     elif isinstance(image, torch.Tensor):
@@ -42,32 +42,25 @@ def to_grey(image) -> np.ndarray:
         if array.ndim == 3:
             if array.shape[0] not in (1, 3, 4):
                 raise ValueError(
-                    f'tensor image has shape {tuple(array.shape)}; expected (H, W) or (C, H, W) '
-                    'with 1, 3 or 4 channels'
+                    f"tensor image has shape {tuple(array.shape)}; expected (H, W) or (C, H, W) with 1, 3 or 4 channels"
                 )
             array = array.transpose(1, 2, 0)
     elif isinstance(image, np.ndarray):
         array = image
     else:
-        raise TypeError(f'expected a PIL image, a numpy array or a tensor, got {type(image).__name__}')
+        raise TypeError(f"expected a PIL image, a numpy array or a tensor, got {type(image).__name__}")
 
     if not (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (1, 3, 4)):
-        raise ValueError(
-            f'image has shape {tuple(array.shape)}; expected (H, W) or (H, W, C) with 1, 3 or 4 channels'
-        )
+        raise ValueError(f"image has shape {tuple(array.shape)}; expected (H, W) or (H, W, C) with 1, 3 or 4 channels")
     array = _to_uint8(_not_empty(array))
     if array.ndim == 3:
-        array = (
-            array[..., 0]
-            if array.shape[2] == 1
-            else np.array(Image.fromarray(array[..., :3].copy()).convert('L'))
-        )
+        array = array[..., 0] if array.shape[2] == 1 else np.array(Image.fromarray(array[..., :3].copy()).convert("L"))
     return np.ascontiguousarray(array)
 
 
 def _not_empty(array: np.ndarray) -> np.ndarray:
     if array.size == 0:
-        raise ValueError(f'image of shape {tuple(array.shape)} has no pixels')
+        raise ValueError(f"image of shape {tuple(array.shape)} has no pixels")
     return array
 
 
@@ -76,21 +69,19 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
         return array
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * 255
-    if array.dtype.kind == 'u' and array.dtype.itemsize == 2:  # either byte order
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # either byte order
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if array.dtype.kind == 'f':
+    if array.dtype.kind == "f":
         low, high = float(array.min()), float(array.max())
         if not (np.isfinite(low) and np.isfinite(high)):
-            raise ValueError('floating point image has NaN or infinite values')
+            raise ValueError("floating point image has NaN or infinite values")
         if low < -1e-5 or high > 1 + 1e-5:  # the margin is float rounding, not a different range
             raise ValueError(
-                f'floating point image has values from {low:g} to {high:g}; expected [0, 1]: '
-                'divide it by its full scale, or pass uint8'
+                f"floating point image has values from {low:g} to {high:g}; expected [0, 1]: "
+                "divide it by its full scale, or pass uint8"
             )
         return np.rint(array.astype(np.float64).clip(0, 1) * 255).astype(np.uint8)
-    raise ValueError(
-        f'image has dtype {array.dtype}; expected bool, uint8, uint16 or floating point in [0, 1]'
-    )
+    raise ValueError(f"image has dtype {array.dtype}; expected bool, uint8, uint16 or floating point in [0, 1]")
 
 
 def resize(grey: np.ndarray, size: int) -> np.ndarray:
@@ -100,10 +91,10 @@ def resize(grey: np.ndarray, size: int) -> np.ndarray:
     """
     if grey.dtype != np.uint8 or grey.ndim != 2:
         raise ValueError(
-            f'resize expects a uint8 (H, W) array, got {grey.dtype} {tuple(grey.shape)}: use to_grey first'
+            f"resize expects a uint8 (H, W) array, got {grey.dtype} {tuple(grey.shape)}: use to_grey first"
         )
     if size < 1:
-        raise ValueError(f'size must be at least 1, got {size}')
+        raise ValueError(f"size must be at least 1, got {size}")
     return np.array(Image.fromarray(grey).resize((size, size), Image.Resampling.BILINEAR))
 
 
@@ -113,7 +104,7 @@ def normalise(grey: np.ndarray, in_chans: int = 3, mean=MEAN, std=STD) -> torch.
     mean, std: a number, or one number a channel. Raises ValueError if they do not fit in_chans.
     """
     if grey.dtype != np.uint8:
-        raise ValueError(f'normalise expects uint8, got {grey.dtype}')
+        raise ValueError(f"normalise expects uint8, got {grey.dtype}")
     x = torch.from_numpy(grey.astype(np.float32)).div_(255).unsqueeze(-3)
     if np.ndim(mean) == 0 and np.ndim(std) == 0:  # all channels are equal: do the arithmetic once
         x = x.sub_(mean).div_(std)
@@ -130,23 +121,21 @@ def create_transform(model_or_cfg, size: int | None = None, in_chans: int | None
     The callable takes one image (see `to_grey`) and returns float32 (in_chans, size, size).
     Raises ValueError if the cfg lacks what is needed.
     """
-    cfg = getattr(model_or_cfg, 'pretrained_cfg', model_or_cfg)
-    if hasattr(cfg, 'to_dict'):
+    cfg = getattr(model_or_cfg, "pretrained_cfg", model_or_cfg)
+    if hasattr(cfg, "to_dict"):
         cfg = cfg.to_dict()
     if not isinstance(cfg, dict):
         raise ValueError(
-            f'{type(model_or_cfg).__name__} has no pretrained_cfg: pass a timm model or its pretrained_cfg'
+            f"{type(model_or_cfg).__name__} has no pretrained_cfg: pass a timm model or its pretrained_cfg"
         )
-    input_size = cfg.get('input_size')
+    input_size = cfg.get("input_size")
     if size is None:
         if input_size is None:
-            raise ValueError('the pretrained_cfg has no input_size: pass size=')
+            raise ValueError("the pretrained_cfg has no input_size: pass size=")
         size = input_size[-1]
     if in_chans is None:
         in_chans = _first_conv_channels(model_or_cfg, cfg) or (input_size[0] if input_size else 3)
-    mean, std = (
-        _per_channel(cfg.get(key, default), in_chans, key) for key, default in (('mean', MEAN), ('std', STD))
-    )
+    mean, std = (_per_channel(cfg.get(key, default), in_chans, key) for key, default in (("mean", MEAN), ("std", STD)))
     return partial(_preprocess, size=size, in_chans=in_chans, mean=mean, std=std)
 
 
@@ -155,12 +144,12 @@ def _preprocess(image, *, size, in_chans, mean, std) -> torch.Tensor:
 
 
 def _first_conv_channels(model, cfg: dict) -> int | None:
-    name = cfg.get('first_conv')
+    name = cfg.get("first_conv")
     if not isinstance(model, torch.nn.Module) or not isinstance(name, str):
         return None
     # features_only wrappers join nested names by '_' or keep them; ours are not nested
     conv = dict(model.named_modules()).get(name)
-    return getattr(conv, 'in_channels', None)
+    return getattr(conv, "in_channels", None)
 
 
 def _per_channel(value, in_chans: int, key: str):
@@ -170,6 +159,6 @@ def _per_channel(value, in_chans: int, key: str):
     if len(values) != in_chans:
         raise ValueError(
             f"the pretrained_cfg's {key} has {len(values)} different values but the model takes "
-            f'{in_chans} channel(s): give the pretrained_cfg one {key}'
+            f"{in_chans} channel(s): give the pretrained_cfg one {key}"
         )
     return values
