@@ -40,7 +40,7 @@ def test_text_beside_a_sector_inside_its_box_is_blanked():
     movie = simulate_clip("lesion", 16, 192, seed=1, subject=1)
     if not (movie[:, :8, :8] == 0).all():
         pytest.skip("not a sector")
-    framed = screen(movie, 0, 0, 192, 192, "DOE", at=(2, 2))
+    framed = np.maximum(movie, screen(movie * 0, 192, 0, 192 * 2, 192, "DOE", at=(2, 2))[:, :192])
     region = detect_region(framed)
     after = apply_region(framed, region, "crop")
     assert framed[:, 2:20, 2:30].max() > 200 and apply_region(framed, region, "blank")[:, 2:20, 2:30].max() == 0
@@ -125,6 +125,15 @@ def test_sheet(tmp_path):
     region = Region(10, 100, 20, 150)
     before_after_sheet([("a/b.mp4", frame, region, apply_region(frame, region))] * 5, tmp_path / "sheet.png", columns=2)
     assert Image.open(tmp_path / "sheet.png").size[0] > 600
+
+
+@pytest.mark.parametrize("text", ["JANE DOE 1970", "gypsy 12:30", "MI 0.4"])
+@pytest.mark.parametrize("background", [0, 45])
+def test_text_is_found_under_compression_noise(text, background):
+    movie = simulate_clip("lung", 16, 192, seed=1, subject=1)
+    framed = screen(movie, 60, 90, 280, 360, text, background=background)
+    noise = np.random.default_rng(0).normal(0, 3, framed.shape)
+    assert burned_in_text_suspected((framed + noise).clip(0, 255).astype(np.uint8))
 
 
 def test_speckle_is_not_text():
