@@ -1,12 +1,10 @@
-"""Entry points for torch.hub. Everything else here is private, because torch.hub lists every public "
-"callable."""
+"""Entry points for torch.hub. Everything else here is private: torch.hub lists every public callable."""
 
 dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors", "PIL", "numpy"]
 
 
 def _package():
-    """This checkout's uscl_hub, or the one that is already imported, with a warning if it is another
-    version."""
+    """This checkout's uscl_hub, or the one already imported, with a warning if that is another version."""
     import os
     import re
     import sys
@@ -19,13 +17,11 @@ def _package():
     finally:
         sys.path.remove(here)
     with open(os.path.join(here, "uscl_hub", "__init__.py"), encoding="utf-8") as f:
-        version = re.search(r"^__version__ = '(.+)'", f.read(), re.MULTILINE)[1]
+        version = re.search(r"""^__version__ = ["'](.+)["']""", f.read(), re.MULTILINE)[1]
     if uscl_hub.__version__ != version:
         warnings.warn(
-            f"uscl_hub {uscl_hub.__version__} was already imported from "
-            f"{os.path.dirname(uscl_hub.__file__)} and is "
-            f"used instead of version {version} in {here}. To use the latter, load from it before "
-            "importing uscl_hub, "
+            f"uscl_hub {uscl_hub.__version__} was already imported from {os.path.dirname(uscl_hub.__file__)} and is "
+            f"used instead of version {version} in {here}. To use the latter, load from it before importing uscl_hub, "
             "or install it",
             stacklevel=3,
         )

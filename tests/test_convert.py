@@ -1,5 +1,5 @@
-"""The authors' .pth files, imitated with torchvision: converted features are the original's, anything "
-"odd is refused."""
+"""The authors' .pth files, imitated with torchvision: converted features are the original's, anything
+odd is refused."""
 
 import json
 

@@ -1,5 +1,5 @@
-"""The Hub with the real huggingface_hub client, against a local HTTP server that speaks the endpoints "
-"it uses."""
+"""The Hub with the real huggingface_hub client, against a local HTTP server that speaks the endpoints
+it uses."""
 
 import base64
 import hashlib

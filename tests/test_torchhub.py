@@ -1,5 +1,5 @@
-"""hubconf.py through torch.hub, in fresh interpreters, from another directory, with and without the "
-"package installed."""
+"""hubconf.py through torch.hub, in fresh interpreters, from another directory, with and without the
+package installed."""
 
 import os
 import shutil
