@@ -1,7 +1,8 @@
 """Every setting of a training, with the paper's values as defaults."""
 
 import sys
-from dataclasses import asdict, dataclass, field
+import typing
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 
 import tyro
@@ -31,12 +32,12 @@ class Data:
     workers: int = 0
     """Processes that decode; 0: one a core."""
     group: str = ""
-    """Regular expression, searched in a clip's id (root folder name/path), whose first group (or whole match) is
-    its patient. '': every clip is a group of its own."""
+    """Regular expression, searched in a clip's id (root folder name/path). Its one capture group, or the one named
+    'group', is the clip's patient. '': every clip is a patient of its own."""
     groups_csv: str = ""
     """CSV with the columns path and group, instead of a pattern."""
     label: str = ""
-    """Regular expression for the label of the kNN probe, as `group`. '': the root folder."""
+    """Regular expression, as data.group, for the label that the kNN probe looks for. '': the root folder."""
     meta_fraction: float = 0.1
     """Share of the groups that gives the clean pairs of the meta-loss."""
     val_fraction: float = 0.1
@@ -184,37 +185,55 @@ def load(kind, path):
         SystemExit: the file is missing, is not YAML, or names an unknown field.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        sys.exit(f"--config {path}: {error}")
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        sys.exit(f"--config {path}: {' '.join(str(error).split())}")
     return _fill(kind, values, path)
 
 
 def _fill(kind, values, path, prefix=""):
-    fields = {f.name: f for f in kind.__dataclass_fields__.values()}
-    instance = kind()
     if not isinstance(values, dict):
-        sys.exit(f"{path}: {prefix or 'the file'} must be a mapping, got {type(values).__name__}")
+        sys.exit(f"{path}: {prefix.rstrip('.') or 'the file'} must be a mapping, got {values!r}")
+    types = typing.get_type_hints(kind)
+    instance = kind()
     for name, value in values.items():
-        if name not in fields:
-            sys.exit(f"{path}: unknown setting {prefix}{name}; known here: {', '.join(fields)}")
-        present = getattr(instance, name)
-        if hasattr(present, "__dataclass_fields__"):
-            value = _fill(type(present), value, path, f"{prefix}{name}.")
-        elif isinstance(present, tuple):
-            value = tuple([value] if isinstance(value, str) else value)
-        elif isinstance(present, float) and isinstance(value, (int, str)):
-            value = float(value)  # YAML reads 6e-5 as a string
-        elif not isinstance(value, type(present)):
-            sys.exit(f"{path}: {prefix}{name} must be {type(present).__name__}, got {value!r}")
+        if name not in types:
+            sys.exit(f"{path}: unknown setting {prefix}{name}; known here: {', '.join(types)}")
+        if is_dataclass(types[name]):
+            value = _fill(types[name], value, path, f"{prefix}{name}.")
+        else:
+            try:
+                value = _convert(value, types[name])
+            except (TypeError, ValueError):
+                wanted = types[name].__name__ if isinstance(types[name], type) else types[name]
+                sys.exit(f"{path}: {prefix}{name} must be {wanted}, got {value!r}")
         setattr(instance, name, value)
     return instance
 
 
+def _convert(value, kind):
+    """A value read from YAML as the type of a field; TypeError or ValueError if it is another."""
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        items = value if isinstance(value, list) else [value]
+        if parts[-1] is Ellipsis:
+            return tuple(_convert(item, parts[0]) for item in items)
+        return tuple(_convert(item, part) for item, part in zip(items, parts, strict=True))
+    if typing.get_origin(kind) is dict:
+        return {_convert(k, parts[0]): _convert(v, parts[1]) for k, v in dict(value).items()}
+    if kind is float and type(value) in (int, str):  # YAML reads 6e-5 as a string
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError
+    return value
+
+
 def dump(config, path):
     """Write a config as YAML that `load` reads back to an equal one."""
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
-    for group, value in plain.items():
+
+    def plain(value):
         if isinstance(value, dict):
-            plain[group] = {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
-    Path(path).write_text(yaml.safe_dump(plain, sort_keys=False))
+            return {k: plain(v) for k, v in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    Path(path).write_text(yaml.safe_dump(plain(asdict(config)), sort_keys=False), encoding="utf-8")

@@ -21,7 +21,6 @@ TRAIN, META, VAL, ORDER = range(4)  # random streams
 class Batch:
     """One rank's share of a batch, on the CPU. `views(device, ...)` makes the images on the device."""
 
-    clips: np.ndarray  # int64 (n,), indices into the cache
     frames: torch.Tensor  # uint8 (n, K, S, S)
     mix: torch.Tensor  # float32 (n, 2, K)
     augmentation: torch.Tensor  # float32 (n, 2, 7) or (n, 2, K, 7)
@@ -55,7 +54,6 @@ def make_batch(cache, clips, config: Pairs, key, part=slice(None)):
     shape = (len(clips), 2, k) if config.augment_first else (len(clips), 2)
     augmentation = augment.draw(shape, rng, config.crop_scale, config.crop_ratio, config.jitter, config.flip)
     return Batch(
-        clips=np.asarray(clips)[part],
         frames=torch.from_numpy(cache.frames[chosen[part]]),
         mix=torch.from_numpy(mix[part]),
         augmentation=torch.from_numpy(augmentation[part]),

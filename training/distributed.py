@@ -1,21 +1,33 @@
 """The few collective operations of the training step. Without `torchrun` each is the identity."""
 
+import datetime
 import os
+import sys
 
 import torch
 import torch.distributed as dist
 
 
 def setup(device="auto"):
-    """Join the process group that `torchrun` describes, if any. Returns this process's device."""
+    """Join the process group that `torchrun` describes, if any. Returns this process's device.
+
+    Raises:
+        SystemExit: the device is unknown or not there.
+    """
     local = int(os.environ.get("LOCAL_RANK", 0))
+    if device not in ("auto", "cpu", "cuda"):
+        sys.exit(f"device: 'auto', 'cpu' or 'cuda', not {device!r}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
+        if local >= torch.cuda.device_count():
+            sys.exit(f"device: this process needs GPU number {local}, torch finds {torch.cuda.device_count()} of them")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # The others wait while rank 0 decodes the clips; torchrun ends them if it dies.
+        patience = datetime.timedelta(days=2)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=patience)
     return torch.device(device)
 
 
@@ -30,6 +42,15 @@ def world():
 def barrier():
     if world() > 1:
         dist.barrier()
+
+
+def broadcast(value):
+    """Rank 0's value of any picklable kind, on every rank."""
+    if world() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def gather(x, dim=1):

@@ -5,6 +5,8 @@ layers see them as one. `tangent` pushes a direction in weight space through the
 what the recorded pass has already computed.
 """
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
@@ -14,6 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 VIEWS = 2
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+
+with warnings.catch_warnings():  # the first use of forward mode compiles rules of torch's own, by torch.jit.script
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
+    with forward_ad.dual_level():
+        pass
 
 
 def recorded(network, x, params=None):

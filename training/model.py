@@ -30,6 +30,11 @@ class Encoder(nn.Module):
         return h, self.projector(h)
 
 
+def input_channels(network):
+    """Channels of the images that a network takes: those of its first convolution, else timm's 3."""
+    return next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)), 3)
+
+
 class CMWNet(nn.Module):
     """Contrastive meta weight network: the weight of a positive pair from its two representations.
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 import torch
-from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import recall_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from training.model import input_channels
 from uscl_hub.preprocess import normalise, resize
 
 
@@ -13,7 +14,7 @@ def sample_frames(cache, clips, per_clip):
     rows, owner = [], []
     for clip in clips:
         n = min(per_clip, int(cache.lengths[clip]))
-        numbers = np.linspace(0, cache.lengths[clip] - 1, n + 2)[1:-1].round().astype(int)
+        numbers = (2 * np.arange(n) + 1) * cache.lengths[clip] // (2 * n)  # the middles of n equal parts
         rows += (cache.offsets[clip] + numbers).tolist()
         owner += [clip] * n
     return np.array(rows), np.array(owner)
@@ -32,7 +33,7 @@ def features(backbone, frames, size, device, batch=64):
     """
     training = backbone.training
     backbone.eval()
-    channels = next(backbone.parameters()).shape[1]
+    channels = input_channels(backbone)
     out = []
     for i in range(0, len(frames), batch):
         images = torch.stack([normalise(resize(np.asarray(f), size), channels) for f in frames[i : i + batch]])
@@ -43,10 +44,11 @@ def features(backbone, frames, size, device, batch=64):
 
 
 def knn_accuracy(train, train_labels, test, test_labels, k=20):
-    """Balanced accuracy of k-nearest-neighbour classification by cosine distance."""
+    """Balanced accuracy (mean recall of the labels in `test_labels`) of kNN classification by cosine distance."""
     k = min(k, len(train))
     classifier = KNeighborsClassifier(k, metric="cosine", weights="distance").fit(train, train_labels)
-    return float(balanced_accuracy_score(test_labels, classifier.predict(test)))
+    present = np.unique(test_labels)
+    return float(recall_score(test_labels, classifier.predict(test), labels=present, average="macro"))
 
 
 def effective_rank(x):

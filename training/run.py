@@ -5,6 +5,8 @@ data.roots it runs the demo on simulated clips (training/configs/demo.yaml).
 """
 
 import contextlib
+import difflib
+import errno
 import fcntl
 import hashlib
 import json
@@ -14,6 +16,8 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,28 +32,62 @@ from training import config as configs  # noqa: E402
 from training import data, distributed, export, figures, probe  # noqa: E402
 from training.cache import CacheError, ingest  # noqa: E402
 from training.losses import info_nce  # noqa: E402
-from training.model import CMWNet, Encoder  # noqa: E402
+from training.model import CMWNet, Encoder, input_channels  # noqa: E402
 from training.simulate import write_demo  # noqa: E402
 from training.splits import assign_groups, split_groups  # noqa: E402
 from training.step import contrastive_step, meta_step  # noqa: E402
 
 DEMO = Path(__file__).parent / "configs" / "demo.yaml"
+DIVERGED = "lower optim.lr or raise optim.warmup_epochs. The last checkpoint, if any, is from before"
 COLLAPSED = 2.0  # an effective rank below this means that the features have (nearly) become one number
+TINY = 1e-6
+RANGES = {  # of the numbers that a user may get wrong
+    "save_every": (1, math.inf),
+    "eval_epochs": (1, math.inf),
+    "data.cache_size": (0, math.inf),
+    "data.max_frames": (1, math.inf),
+    "data.workers": (0, math.inf),
+    "data.meta_fraction": (TINY, 1),
+    "data.val_fraction": (TINY, 1),
+    "pairs.frames": (1, math.inf),
+    "pairs.max_dist": (1, math.inf),
+    "pairs.alpha": (TINY, math.inf),
+    "pairs.beta": (TINY, math.inf),
+    "pairs.jitter": (0, 1),
+    "pairs.flip": (0, 1),
+    "model.size": (1, math.inf),
+    "model.dim": (1, math.inf),
+    "meta.lr": (0, math.inf),
+    "meta.batch": (0, math.inf),
+    "meta.hidden": (1, math.inf),
+    "meta.every": (1, math.inf),
+    "optim.batch": (2, math.inf),
+    "optim.epochs": (1, math.inf),
+    "optim.steps": (0, math.inf),
+    "optim.lr": (0, math.inf),
+    "optim.warmup_epochs": (0, math.inf),
+    "optim.momentum": (0, 1),
+    "optim.weight_decay": (0, math.inf),
+    "optim.temperature": (TINY, math.inf),
+}
 
 
 def main(config):
     device = distributed.setup(config.device)
     check(config)
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"out: {out} cannot be made a folder ({error.strerror})")
+    with locked(out), full_disk():
         checkpoint = find_checkpoint(config, out)
-        if distributed.rank() == 0:
-            configs.dump(config, out / "config.yaml")
         clips = prepare(config, out)
         state = build(config, clips, device)
         if checkpoint:
-            restore(state, checkpoint, config)
+            restore(state, checkpoint)
+        if distributed.rank() == 0:
+            configs.dump(config, out / "config.yaml")
         if not train(state, config, clips, out, device):
             return  # stopped by a signal, saved
         if distributed.rank() == 0:
@@ -58,28 +96,49 @@ def main(config):
 
 def check(config):
     """Refuse settings that cannot work before anything is decoded."""
-    if config.method not in ("simclr", "uscl", "meta_uscl"):
-        sys.exit(f"method: 'simclr', 'uscl' or 'meta_uscl', not {config.method!r}")
-    if config.precision not in ("fp32", "bf16"):
-        sys.exit(f"precision: 'fp32' or 'bf16', not {config.precision!r}")
-    if config.pairs.mode not in ("standard", "inner"):
-        sys.exit(f"pairs.mode: 'standard' or 'inner', not {config.pairs.mode!r}")
-    if config.meta.tangent not in ("exact", "difference"):
-        sys.exit(f"meta.tangent: 'exact' or 'difference', not {config.meta.tangent!r}")
-    for name, value in (
-        ("pairs.frames", config.pairs.frames),
-        ("meta.every", config.meta.every),
-        ("pairs.max_dist", config.pairs.max_dist),
-        ("model.size", config.model.size),
+    for name, choices in (
+        ("method", ("simclr", "uscl", "meta_uscl")),
+        ("precision", ("fp32", "bf16")),
+        ("data.crop", ("crop", "blank", "none")),
+        ("pairs.mode", ("standard", "inner")),
+        ("meta.tangent", ("exact", "difference")),
     ):
-        if value < 1:
-            sys.exit(f"{name} must be at least 1, got {value}")
-    for name, value in (("optim.batch", config.optim.batch), ("meta.batch", config.meta.batch)):
-        if value % distributed.world() or (name == "optim.batch" and value < 2):
-            sys.exit(f"{name} = {value} must be at least 2 and a multiple of the {distributed.world()} processes")
+        value = attrgetter(name)(config)
+        if value not in choices:
+            sys.exit(f"{name}: one of {', '.join(choices)}, not {value!r}")
+    for name, (low, high) in RANGES.items():
+        value = attrgetter(name)(config)
+        if not low <= value <= high:  # also a NaN
+            sys.exit(f"{name} must be at least {low}{'' if high == math.inf else f' and at most {high}'}, got {value}")
+    for name, high in (("pairs.crop_scale", 1), ("pairs.crop_ratio", math.inf)):
+        low, top = attrgetter(name)(config)
+        if not 0 < low <= top <= high:
+            sys.exit(
+                f"{name}: the smallest, then the largest, above 0{' and at most 1' * (high == 1)}; got {low} {top}"
+            )
+    world = distributed.world()
+    for name in ("optim.batch", "meta.batch"):
+        value = attrgetter(name)(config)
+        if value % world:
+            sys.exit(f"{name} = {value} must be a multiple of the {world} processes")
+    name = config.model.name
+    if not timm.is_model(export.architecture(name)):
+        near = difflib.get_close_matches(name, timm.list_models(), 3)
+        sys.exit(f"model.name: timm has no {name!r}{'; near it: ' * bool(near)}{', '.join(near)}")
     missing = [root for root in config.data.roots if not Path(root).exists()]
     if missing:
         sys.exit(f"data.roots: no such folder: {', '.join(missing)}")
+
+
+@contextlib.contextmanager
+def full_disk():
+    """Ends the run with a message where a file cannot be written for want of space."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f"{error}. The last checkpoint, if any, is intact: make room and go on with --resume True")
 
 
 @contextlib.contextmanager
@@ -113,9 +172,9 @@ class Clips:
 
     def __init__(self, cache, config):
         self.cache = cache
-        groups, labels = config.data.group, config.data.label
-        self.groups = assign_groups(cache.ids, groups or None, config.data.groups_csv or None)
-        self.labels = np.array(assign_groups(cache.ids, labels) if labels else cache.sources)
+        groups, csv, labels = config.data.group, config.data.groups_csv, config.data.label
+        self.groups = assign_groups(cache.ids, groups or None, csv or None, setting="data.group")
+        self.labels = np.array(assign_groups(cache.ids, labels, setting="data.label") if labels else cache.sources)
         fractions = {"meta": config.data.meta_fraction, "val": config.data.val_fraction}
         fractions["train"] = 1 - sum(fractions.values())
         self.splits = np.array(split_groups(self.groups, fractions, config.seed, cache.sources))
@@ -140,9 +199,7 @@ class Clips:
 def prepare(config, out):
     """Ingest (rank 0) and split. A problem with the data ends the run with a message."""
     roots = config.data.roots
-    size = config.data.cache_size or round(1.25 * config.model.size)
     folder = Path(config.data.cache or out / "cache")
-    settings = {"size": size, "crop": config.data.crop, "max_frames": config.data.max_frames}
     try:
         if not roots:
             if distributed.rank() == 0 and not (out / "demo").exists():
@@ -150,20 +207,21 @@ def prepare(config, out):
                 write_demo(out / "demo.partial", clips=120, frames=24, size=96, seed=config.seed)
                 (out / "demo.partial").rename(out / "demo")
             roots = (str(out / "demo"),)
+        cache = None
         if distributed.rank() == 0:
             cache = ingest(
                 roots,
                 folder,
+                size=config.data.cache_size or round(1.25 * config.model.size),
+                crop=config.data.crop,
+                max_frames=config.data.max_frames,
                 workers=config.data.workers or None,
                 min_clips=config.data.min_clips,
                 sheets=config.data.sheets,
-                **settings,
             )
-        distributed.barrier()
-        if distributed.rank() != 0:
-            cache = ingest(roots, folder, workers=0, progress=False, **settings)
+        cache = distributed.broadcast(cache)
         clips = Clips(cache, config)
-    except (CacheError, ValueError) as error:
+    except (CacheError, ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
         sys.exit(f"data: {error}")
     counts = ", ".join(f"{len(c)} {n}" for n, c in (("train", clips.train), ("meta", clips.meta), ("val", clips.val)))
     say(f"{len(cache)} clips of {len(set(clips.groups))} groups: {counts}")
@@ -178,11 +236,11 @@ def prepare(config, out):
 
 
 class State:
-    """Everything that a checkpoint holds: networks, optimisers and the number of steps done."""
+    """What a checkpoint holds: networks, optimisers, the number of steps done and the settings that must not change."""
 
-    def __init__(self, encoder, cmw, optimizer, cmw_optimizer):
+    def __init__(self, encoder, cmw, optimizer, cmw_optimizer, fixed):
         self.encoder, self.cmw, self.optimizer, self.cmw_optimizer = encoder, cmw, optimizer, cmw_optimizer
-        self.step = 0
+        self.step, self.fixed = 0, fixed
 
     def parts(self):
         return {k: v for k, v in vars(self).items() if hasattr(v, "state_dict")}
@@ -190,8 +248,16 @@ class State:
 
 def build(config, clips, device):
     torch.manual_seed(config.seed)
-    kwargs = {"img_size": config.model.size} if needs_img_size(config.model.name) else {}
-    encoder = Encoder(config.model.name, config.model.dim, pretrained=config.model.pretrained, **kwargs)
+    model = config.model
+    try:
+        encoder = Encoder(model.name, model.dim, pretrained=model.pretrained, **input_size(model))
+    except (OSError, RuntimeError) as error:  # no such weights, or no network to fetch them
+        sys.exit(f"model: cannot make {model.name} with pretrained {model.pretrained}: {one_line(error)}")
+    try:
+        with torch.no_grad():
+            encoder.eval()(torch.zeros(2, input_channels(encoder), model.size, model.size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        sys.exit(f"model: {model.name} does not take images of model.size = {model.size}: {one_line(error)}")
     encoder = encoder.to(device, memory_format=torch.channels_last).train()
     optim = config.optim
     decay = [p for p in encoder.parameters() if p.ndim > 1 or optim.decay_norm_and_bias]
@@ -203,12 +269,18 @@ def build(config, clips, device):
     if config.method == "meta_uscl":
         cmw = CMWNet(encoder.num_features, config.meta.hidden).to(device)
         cmw_optimizer = torch.optim.Adam(cmw.parameters(), lr=config.meta.lr)
-    return State(encoder, cmw, optimizer, cmw_optimizer)
+    return State(encoder, cmw, optimizer, cmw_optimizer, fixed(config, clips))
 
 
-def needs_img_size(name):
-    cfg = timm.get_pretrained_cfg(export.architecture(name))
-    return bool(cfg and cfg.fixed_input_size)
+def input_size(model):
+    """Keyword arguments of `timm.create_model` for networks that are built for one size of images (ViT)."""
+    cfg = timm.get_pretrained_cfg(export.architecture(model.name))
+    return {"img_size": model.size} if cfg and cfg.fixed_input_size else {}
+
+
+def training_pairs(config):
+    """The settings of the pairs to learn from: SimCLR's are one frame twice."""
+    return replace(config.pairs, frames=1) if config.method == "simclr" else config.pairs
 
 
 def learning_rate(step, total, warmup, peak):
@@ -222,14 +294,11 @@ def train(state, config, clips, out, device):
     """Run the remaining steps. Returns False when a signal ended it early (the checkpoint is written)."""
     optim, meta = config.optim, config.meta
     part = slice(distributed.rank(), None, distributed.world())
-    pairs = config.pairs
-    if config.method == "simclr":
-        pairs = configs.Pairs(**{**vars(pairs), "frames": 1})
-    clean = configs.Pairs(**{**vars(pairs), "frames": 1})
+    pairs, clean = training_pairs(config), replace(config.pairs, frames=1)
     epoch = len(clips.train) // optim.batch
     total = optim.steps or optim.epochs * epoch
     warmup = min(int(optim.warmup_epochs * epoch), total // 10)
-    channels = next(state.encoder.parameters()).shape[1]
+    channels = input_channels(state.encoder)
     meta_batch = meta.batch or optim.batch
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
@@ -276,12 +345,9 @@ def train(state, config, clips, out, device):
                 else:
                     result = contrastive_step(state.encoder, state.optimizer, views, optim.temperature, state.cmw)
             loss = result.loss.item()
-            if not math.isfinite(loss):
-                sys.exit(
-                    f"step {state.step}: the loss is {loss}; lower optim.lr. {out / 'checkpoint.pt'} (if any) is "
-                    "from before"
-                )
             state.step += 1
+            if not math.isfinite(loss):
+                sys.exit(f"step {state.step}: the loss is {loss}; {DIVERGED}")
             seconds = time.perf_counter() - start
             log.step(
                 state.step,
@@ -304,7 +370,7 @@ def train(state, config, clips, out, device):
                 distributed.average_buffers(state.encoder)
                 if distributed.rank() == 0:
                     log.flush()
-                    save(state, out / "checkpoint.pt", config)
+                    save(state, out / "checkpoint.pt")
                 distributed.barrier()
             if stop and not last:
                 say(f"stopped by a signal at step {state.step} of {total}; go on with --resume True")
@@ -334,43 +400,45 @@ def stop_signals():
 def validate(encoder, config, clips, device):
     """Loss of the validation clips' pairs (always the same ones), kNN probe and effective rank, in eval mode."""
     encoder.eval()
-    channels = next(encoder.parameters()).shape[1]
+    channels, pairs = input_channels(encoder), training_pairs(config)
     losses, sizes = [], []
     for i in range(0, len(clips.val) - 1, config.optim.batch):  # a batch of one clip has no negative
         chosen = clips.val[i : i + config.optim.batch]
         if len(chosen) < 2:
             break
-        batch = data.make_batch(clips.cache, chosen, config.pairs, (config.seed, data.VAL, i))
+        batch = data.make_batch(clips.cache, chosen, pairs, (config.seed, data.VAL, i))
         _, z = encoder(batch.views(device, config.model.size, channels))
         losses.append(info_nce(z.unflatten(0, (2, -1)), None, config.optim.temperature).item())
         sizes.append(len(chosen))
     encoder.train()
-    return {
-        "val_loss": float(np.average(losses, weights=sizes)),
-        **probe_backbone(encoder.backbone, config, clips, device),
-    }
+    loss = float(np.average(losses, weights=sizes))
+    if not math.isfinite(loss):
+        sys.exit(f"the validation loss is {loss}; {DIVERGED}")
+    return {"val_loss": loss, **probe_backbone(encoder.backbone, config, clips, device)}
 
 
-def probe_backbone(backbone, config, clips, device, frames=400):
-    """kNN balanced accuracy on validation frames, and the effective rank of their features.
+def probe_backbone(backbone, config, clips, device, most=100):
+    """kNN balanced accuracy on frames of `most` validation clips, and the effective rank of their features.
 
     The label of a validation frame is looked for among the training frames. Where validation has one label only,
-    the frames of the second half of its clips look for their clip among those of the first half.
+    the frames of the second half of its clips look for their clip among those of the first half; where all of these
+    are single images, too, there is nothing to look for: None.
     """
 
     def sample(split):
-        rows, owner = probe.sample_frames(clips.cache, split, 4)
-        keep = np.linspace(0, len(rows) - 1, min(frames, len(rows))).round().astype(int)
-        x = probe.features(backbone, clips.cache.frames[rows[keep]], config.model.size, device)
-        return x, rows[keep], owner[keep]
+        some = split[np.linspace(0, len(split) - 1, min(most, len(split))).round().astype(int)]
+        rows, owner = probe.sample_frames(clips.cache, some, 4)
+        return probe.features(backbone, clips.cache.frames[rows], config.model.size, device), rows, owner
 
     val, rows, owner = sample(clips.val)
-    if len(set(clips.labels[clips.val])) > 1:
+    late = rows - clips.cache.offsets[owner] >= clips.cache.lengths[owner] / 2
+    if len(set(clips.labels[owner])) > 1:
         train, _, train_owner = sample(clips.train)
         knn = probe.knn_accuracy(train, clips.labels[train_owner], val, clips.labels[owner])
-    else:
-        late = rows - clips.cache.offsets[owner] >= clips.cache.lengths[owner] / 2
+    elif late.any():
         knn = probe.knn_accuracy(val[~late], owner[~late], val[late], owner[late], k=1)
+    else:
+        knn = None
     return {"knn": knn, "effective_rank": probe.effective_rank(val)}
 
 
@@ -383,10 +451,12 @@ class Log:
             return
         path = out / "log.jsonl"
         lines = path.read_text().splitlines() if path.exists() and done else []
-        with open(path, "w") as file:  # what came after the checkpoint happens again
-            file.writelines(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= done)
+        kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
+        temporary = path.with_suffix(".partial")
+        temporary.write_text("".join(kept))  # what came after the checkpoint happens again
+        os.replace(temporary, path)
         self.file = open(path, "a")
-        self.board = SummaryWriter(out / "tensorboard", purge_step=done)
+        self.board = SummaryWriter(out / "tensorboard", purge_step=done + 1)
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
         self.last = {}
 
@@ -442,40 +512,38 @@ class Log:
 # Checkpoints --------------------------------------------------------------------------------------------------
 
 
-def save(state, path, config):
+def save(state, path):
     """Write the checkpoint under a temporary name, then rename it: a crash or a full disk leaves the old one."""
     temporary = path.with_suffix(".partial")
     content = {name: part.state_dict() for name, part in state.parts().items()}
     try:
         with open(temporary, "wb") as file:
-            torch.save({**content, "step": state.step, "fixed": fixed(config)}, file)
+            torch.save({**content, "step": state.step, "fixed": state.fixed}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
-        sys.exit(f"{path}: cannot write the checkpoint ({error}); the previous one, if any, is intact")
+        sys.exit(f"{path}: cannot write the checkpoint ({one_line(error)}); the previous one, if any, is intact")
 
 
-def fixed(config):
-    """The settings that a resumed run must share with the run that it continues."""
+def fixed(config, clips):
+    """The settings that a resumed run must share with the run that it continues, and a hash of clips and splits."""
     values = {"method": config.method, "seed": config.seed, "precision": config.precision}
     for group in ("pairs", "model", "meta", "optim"):
         values.update({f"{group}.{k}": v for k, v in vars(getattr(config, group)).items()})
-    return values
+    cached = [clips.cache.path.name, clips.manifest()]
+    return values | {"data (clips, splits, frames)": hashlib.sha256(json.dumps(cached).encode()).hexdigest()[:16]}
 
 
-def restore(state, path, config):
+def restore(state, path):
     """Load a checkpoint of the same settings. The random numbers need no restoring: they follow from the step."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        sys.exit(f"{path}: damaged or not a checkpoint of ours ({type(error).__name__}: {error})")
-    differ = [
-        f"{k}: {content['fixed'].get(k)!r} there, {v!r} here"
-        for k, v in fixed(config).items()
-        if content["fixed"].get(k) != v
-    ]
+        there = content["fixed"]
+    except Exception as error:  # whatever a damaged file makes torch raise
+        sys.exit(f"{path}: damaged or not a checkpoint of ours ({type(error).__name__}: {one_line(error)})")
+    differ = [f"{k}: {there.get(k)!r} there, {v!r} here" for k, v in state.fixed.items() if there.get(k) != v]
     if differ:
         sys.exit(f"{path}: --resume needs the settings it was started with; " + "; ".join(differ))
     for name, part in state.parts().items():
@@ -515,7 +583,7 @@ def finish(state, config, clips, out, device):
         "steps": state.step,
         "seed": config.seed,
         "projector_dim": config.model.dim,
-        "config": fixed(config),
+        "config": state.fixed,
         "sources": [
             {
                 "name": "simulated (training/simulate.py)" if not config.data.roots else name,
@@ -542,16 +610,20 @@ def finish(state, config, clips, out, device):
     untrained = timm.create_model(
         export.architecture(config.model.name),
         num_classes=0,
-        **({"img_size": config.model.size} if needs_img_size(config.model.name) else {}),
+        **input_size(config.model),
     )
     untrained = untrained.to(device, memory_format=torch.channels_last)
     random = probe_backbone(untrained, config, clips, device)
     say(f"exported to {path}; reloaded by plain timm, largest difference of the features: {difference:g}")
     labels = len(set(clips.labels[clips.val]))
     task = f"{labels} labels of held-out groups" if labels > 1 else f"{len(clips.val)} held-out clips told apart"
-    say(
-        f"kNN probe ({task}), balanced accuracy: trained {checks['knn']:.3f}, random initialisation {random['knn']:.3f}"
-    )
+    if random["knn"] is None:
+        say("no kNN probe: validation has single images of one label only (data.label)")
+    else:
+        say(
+            f"kNN probe ({task}), balanced accuracy: trained {checks['knn']:.3f}, "
+            f"random initialisation {random['knn']:.3f}"
+        )
     say(
         f"effective rank of the features: trained {checks['effective_rank']:.1f}, "
         f"random initialisation {random['effective_rank']:.1f}"
@@ -562,11 +634,19 @@ def finish(state, config, clips, out, device):
     )
 
 
+def one_line(error):
+    return " ".join(str(error).split())
+
+
 def say(message):
     if distributed.rank() == 0:
         print(message, flush=True)
 
 
 if __name__ == "__main__":
-    settings = configs.cli(configs.Config, __doc__, fallback=None if "--data.roots" in sys.argv else DEMO)
-    main(settings)
+    own_clips = any(arg.partition("=")[0] == "--data.roots" for arg in sys.argv)
+    settings = configs.cli(configs.Config, __doc__, fallback=None if own_clips else DEMO)
+    try:
+        main(settings)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

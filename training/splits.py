@@ -9,34 +9,37 @@ from typing import Sequence
 import numpy as np
 
 
-def assign_groups(ids: Sequence[str], pattern: str | None = None, csv: Path | str | None = None) -> list[str]:
+def assign_groups(
+    ids: Sequence[str], pattern: str | None = None, csv: Path | str | None = None, setting: str = "group pattern"
+) -> list[str]:
     """The group (patient) of every clip id.
 
     pattern: a regular expression searched in the id, whose one group (or the one named 'group') is the clip's group.
     csv: a file with the columns path and group; a path is matched with the id or with its end (whole path
-    components, with or without the extension). Neither: every clip is its own group.
+    components, with or without the extension). Neither: every clip is its own group. setting: what errors call the
+    pattern.
     Raises ValueError, naming some of them, for ids without a group, and for an ambiguous csv.
     """
     if pattern is not None and csv is not None:
         raise ValueError("give a group pattern or a group csv, not both")
     if pattern is not None:
-        return _by_pattern(ids, pattern)
+        return _by_pattern(ids, pattern, setting)
     if csv is not None:
         return _by_csv(ids, Path(csv))
     return list(ids)
 
 
-def _by_pattern(ids: Sequence[str], pattern: str) -> list[str]:
+def _by_pattern(ids: Sequence[str], pattern: str, setting: str) -> list[str]:
     try:
         regex = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"group pattern {pattern!r} is not a regular expression: {error}") from error
+        raise ValueError(f"{setting} {pattern!r} is not a regular expression: {error}") from error
     if "group" not in regex.groupindex and regex.groups != 1:
-        raise ValueError(f"group pattern {pattern!r} has {regex.groups} groups; it needs one, or one named 'group'")
+        raise ValueError(f"{setting} {pattern!r} has {regex.groups} groups; it needs one, or one named 'group'")
     key = "group" if "group" in regex.groupindex else 1
     matches = [regex.search(clip) for clip in ids]
     groups = [match[key] if match else None for match in matches]
-    _refuse_missing(ids, groups, f"the group pattern {pattern!r}")
+    _refuse_missing(ids, groups, f"{setting} {pattern!r}")
     return groups
 
 
@@ -74,7 +77,7 @@ def _refuse_missing(ids: Sequence[str], groups: Sequence[str | None], where: str
     without = [clip for clip, group in zip(ids, groups) if not group]
     if without:
         some = ", ".join(without[:5]) + (", ..." if len(without) > 5 else "")
-        raise ValueError(f"{where} gives no group for {len(without)} of {len(ids)} clips: {some}")
+        raise ValueError(f"{where} finds nothing for {len(without)} of {len(ids)} clips: {some}")
 
 
 def split_groups(
