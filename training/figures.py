@@ -23,8 +23,8 @@ def loss_curves(log, path):
     checks = [r for r in log if "val_loss" in r]
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
     axes[0].plot([r["step"] for r in steps], [r["loss"] for r in steps], lw=0.6, label="training")
-    if steps and steps[0].get("meta_loss") is not None:
-        axes[0].plot([r["step"] for r in steps], [r["meta_loss"] for r in steps], lw=0.6, label="meta")
+    if metas := [r for r in steps if "meta_loss" in r]:
+        axes[0].plot([r["step"] for r in metas], [r["meta_loss"] for r in metas], lw=0.6, label="meta")
     axes[0].plot([r["step"] for r in checks], [r["val_loss"] for r in checks], "o-", ms=3, label="validation")
     axes[0].set(xlabel="step", ylabel="InfoNCE")
     axes[0].legend()
