@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from training import data
+from training import data, distributed
 from training.config import Pairs
 
 FIELDS = ("frames", "mix", "augmentation")
@@ -36,15 +36,20 @@ def test_the_key_fixes_a_batch():
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("augment_first", [False, True])
-def test_the_ranks_share_out_the_same_batch(world, augment_first):
+def test_the_ranks_share_out_the_same_batch(monkeypatch, world, augment_first):
     clips, config = np.array([5, 0, 3, 3, 6, 7, 1, 2]), Pairs(augment_first=augment_first)
     whole = data.make_batch(cache(), clips, config, (0, data.TRAIN, 9))
     assert whole.augmentation.shape == ((8, 2, 3, 7) if augment_first else (8, 2, 7))
+    monkeypatch.setattr(distributed, "world", lambda: world)
+    parts = []
     for rank in range(world):
-        part = slice(rank, None, world)
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        part = distributed.share(8)
+        parts += range(8)[part]
         mine = data.make_batch(cache(), clips, config, (0, data.TRAIN, 9), part)
         for field in FIELDS:
             assert torch.equal(getattr(mine, field), getattr(whole, field)[part])
+    assert parts == list(range(8))  # in the order of the ranks
 
 
 def test_frames_come_from_their_clip_and_short_clips_fall_back():

@@ -39,6 +39,11 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def share(n):
+    """This rank's slice of n things, in the order in which `gather` puts them together again."""
+    return slice(rank() * n // world(), (rank() + 1) * n // world())
+
+
 def barrier():
     if world() > 1:
         dist.barrier()
@@ -69,7 +74,7 @@ def gather(x, dim=1):
 
 def sum_(tensors):
     """Sum a list of tensors over the ranks, in place, in one message. Returns the list."""
-    if world() > 1:
+    if world() > 1 and tensors:  # a network without batch norm has no running statistics
         flat = torch.cat([t.reshape(-1) for t in tensors])
         dist.all_reduce(flat)
         for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):

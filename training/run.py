@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -293,13 +294,13 @@ def learning_rate(step, total, warmup, peak):
 def train(state, config, clips, out, device):
     """Run the remaining steps. Returns False when a signal ended it early (the checkpoint is written)."""
     optim, meta = config.optim, config.meta
-    part = slice(distributed.rank(), None, distributed.world())
     pairs, clean = training_pairs(config), replace(config.pairs, frames=1)
     epoch = len(clips.train) // optim.batch
     total = optim.steps or optim.epochs * epoch
     warmup = min(int(optim.warmup_epochs * epoch), total // 10)
     channels = input_channels(state.encoder)
     meta_batch = meta.batch or optim.batch
+    part, meta_part = distributed.share(optim.batch), distributed.share(meta_batch)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
     def updates_cmw(step):
@@ -311,7 +312,7 @@ def train(state, config, clips, out, device):
         if not updates_cmw(step):
             return chosen, batch, None
         held_out = data.meta_clips(clips.meta, step, meta_batch, config.seed)
-        return chosen, batch, data.make_batch(clips.cache, held_out, clean, (config.seed, data.META, step), part)
+        return chosen, batch, data.make_batch(clips.cache, held_out, clean, (config.seed, data.META, step), meta_part)
 
     log = Log(out, state.step, total)
     with (
@@ -539,6 +540,9 @@ def fixed(config, clips):
 def restore(state, path):
     """Load a checkpoint of the same settings. The random numbers need no restoring: they follow from the step."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if changed := archive.testzip():
+                raise zipfile.BadZipFile(f"{changed} does not match its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
         there = content["fixed"]
     except Exception as error:  # whatever a damaged file makes torch raise
