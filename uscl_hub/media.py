@@ -6,6 +6,7 @@ Headers are never believed: every limit is checked on what is about to be, or ha
 only pixels and the frame rate are used; no tag is copied, logged or quoted in an error.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -157,6 +158,20 @@ def _sizes_differ(files: tuple[Path, ...]) -> bool:
 # ------------------------------------------------------------------------------------------------- decoding
 
 
+def content_hash(clip: Clip) -> str:
+    """Hex SHA-256 of a clip's file; of a folder of frames, of the files' digests in order. Raises OSError."""
+    digests = []
+    for path in clip.files:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        digests.append(digest)
+    if len(digests) == 1:
+        return digests[0].hexdigest()
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+
+
 def decode(clip: Clip, max_frames: int | None = None, stride: int = 1) -> tuple[np.ndarray, float | None]:
     """uint8 (T, H, W) grey frames and the frames per second of the file, None if unknown.
 
@@ -175,25 +190,33 @@ def decode(clip: Clip, max_frames: int | None = None, stride: int = 1) -> tuple[
 
 
 def iter_frames(
-    clip: Clip, max_frames: int | None = None, stride: int = 1
+    clip: Clip, max_frames: int | None = None, stride: int = 1, notes: list[str] | None = None
 ) -> Iterator[tuple[np.ndarray, float | None]]:
     """Yields (uint8 (H, W), frames per second) one frame at a time, all of the first frame's size.
 
-    A frame of another size is resized to the first one's, with a warning. Raises UnreadableClip, also if there is
-    no frame at all or there are more than MAX_FRAMES; ImportError if the decoder's library is not installed.
+    A frame of another size is resized to the first one's. That, and a video that ends before its header says, is
+    appended to `notes`, or without them a warning. Raises UnreadableClip, also if there is no frame at all or there
+    are more than MAX_FRAMES; ImportError if the decoder's library is not installed.
     """
     if stride < 1 or (max_frames is not None and max_frames < 1):
         raise ValueError(f"stride and max_frames must be at least 1, got {stride} and {max_frames}")
     reader = {"video": _video, "dicom": _dicom, "frames": _frames, "image": _image}[clip.kind]
     if clip.kind == "video" and clip.files[0].suffix.lower() == ".gif":
         reader = _image  # Pillow composes partial frames; FFmpeg gives the same with more ado
+
+    def note(text):
+        if notes is None:
+            warnings.warn(text, stacklevel=3)
+        elif text not in notes:
+            notes.append(text)
+
     shape, taken = None, 0
     try:
-        for grey, fps in reader(clip, stride):
+        for grey, fps in reader(clip, stride, note):
             if shape is None:
                 shape = grey.shape
             elif grey.shape != shape:
-                warnings.warn(f"frames differ in size: resized to the first, {shape[1]} x {shape[0]}", stacklevel=2)
+                note(f"frames differ in size: resized to the first, {shape[1]} x {shape[0]}")
                 grey = np.array(Image.fromarray(grey).resize(shape[::-1], Image.Resampling.BILINEAR))
             yield grey, fps
             taken += 1
@@ -223,7 +246,7 @@ def _check_pixels(path: Path, width: int, height: int):
         raise UnreadableClip(path, f"{width} x {height} pixels: the limit is {MAX_PIXELS / 1e6:.1f} million a frame")
 
 
-def _video(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]:
+def _video(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | None]]:
     try:
         import av
     except ImportError as error:
@@ -259,7 +282,7 @@ def _video(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]
                     yield np.ascontiguousarray(grey), fps
                 count += 1
             if count < 0.9 * stream.frames:
-                warnings.warn(f"its header says {stream.frames} frames, {count} could be decoded", stacklevel=2)
+                note(f"its header says {stream.frames} frames, {count} could be decoded")
     except (av.error.FFmpegError, ValueError) as error:
         where = f"damaged after frame {count}: " if count else ""
         raise UnreadableClip(path, where + _reason(error)) from error
@@ -280,7 +303,7 @@ def _open_image(path: Path):
     return image
 
 
-def _image(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]:
+def _image(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | None]]:
     """Every frame of a gif (an animated webp or multi-page tiff too); the one of any other image."""
     path = clip.files[0]
     with _open_image(path) as image:
@@ -308,9 +331,9 @@ def _image(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]
                 return
 
 
-def _frames(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]:
+def _frames(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | None]]:
     for path in clip.files[::stride]:
-        for frame in _image(Clip(clip.id, clip.source, "image", (path,)), 1):
+        for frame in _image(Clip(clip.id, clip.source, "image", (path,)), 1, note):
             yield frame[0], None
             break  # one frame a file
 
@@ -328,7 +351,7 @@ def _quiet_pydicom():
         logger.disabled = disabled
 
 
-def _dicom(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]:
+def _dicom(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | None]]:
     try:
         import pydicom
         from pydicom.pixels import iter_pixels
