@@ -3,13 +3,11 @@
 import json
 import os
 import pickle
-import random
 import shutil
 
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 
 import uscl_hub
 from uscl_hub import checkpoints, models
@@ -293,26 +291,3 @@ def test_save_folder_is_whole_or_not_at_all(tmp_path):
     export(tmp_path / "out")
     with pytest.raises(FileExistsError, match="out"):
         export(tmp_path / "out")
-
-
-def test_mutated_files_never_give_a_silent_wrong_result(tmp_path):
-    """Flip bytes of the header and cut: either an error that names the file, or exactly the same tensors."""
-    small = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.int64)}
-    path, rng = tmp_path / "x.safetensors", random.Random(0)
-    save_file(small, path)
-    data = path.read_bytes()
-    length = 8 + int.from_bytes(data[:8], "little")
-    refused = 0
-    for _ in range(3000):
-        mutated = bytearray(data)
-        for _ in range(rng.randint(1, 3)):
-            mutated[rng.randrange(length)] = rng.randrange(256)
-        path.write_bytes(mutated if rng.random() < 0.8 else mutated[: rng.randrange(len(data))])
-        try:
-            tensors = checkpoints.load_tensors(path)
-        except CheckpointError as error:
-            assert str(path) in str(error)
-            refused += 1
-        else:  # names, dtypes and shapes are checked against the model: here only that nothing is made up
-            assert sum(t.numel() * t.element_size() for t in tensors.values()) == len(data) - length
-    assert refused > 2000

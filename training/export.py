@@ -8,10 +8,9 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import save_file
 
 import uscl_hub
-from uscl_hub.checkpoints import sha256
+from uscl_hub.checkpoints import save_tensors, sha256
 from uscl_hub.files import write_whole
 from uscl_hub.preprocess import MEAN, STD
 
@@ -75,11 +74,11 @@ def export(backbone, name, size, folder, provenance, channels=3):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
+    state = backbone.state_dict()
     bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if bad:
         raise ValueError(f"export: weights are not finite in {', '.join(bad[:5])}: nothing is written")
-    write_whole(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
+    write_whole(folder / "model.safetensors", lambda path: save_tensors(state, path))
     digest = sha256(folder / "model.safetensors")
     provenance = {
         **provenance,

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import warnings
+import zlib
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -267,6 +268,8 @@ def _video(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | 
             context = stream.codec_context
             if context is None:
                 raise UnreadableClip(path, "no decoder for its video codec")
+            # frames that grow on the way: ours is the better message, FFmpeg's limit comes before the memory is taken
+            context.options = {"max_pixels": str(4 * MAX_PIXELS)}
             if context.width and context.height:
                 _check_pixels(path, context.width, context.height)
             rate = stream.average_rate or stream.guessed_rate
@@ -306,6 +309,11 @@ def _open_image(path: Path):
 def _image(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | None]]:
     """Every frame of a gif (an animated webp or multi-page tiff too); the one of any other image."""
     path = clip.files[0]
+    with _open_image(path) as image:
+        try:
+            image.verify()  # a png's checksums, which decoding does not look at
+        except Exception as error:
+            raise UnreadableClip(path, _reason(error)) from error
     with _open_image(path) as image:
         _check_pixels(path, *image.size)
         index = 0
@@ -360,7 +368,10 @@ def _dicom(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | 
     path = clip.files[0]
     with _quiet_pydicom():
         try:
+            _check_inflated(path)
             data = pydicom.dcmread(path)
+        except UnreadableClip:
+            raise
         except Exception as error:  # its message may quote a tag: only the kind of error is passed on
             raise UnreadableClip(path, f"not a readable DICOM file ({type(error).__name__})") from None
         try:
@@ -386,6 +397,23 @@ def _dicom(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | 
             except Exception as error:
                 raise UnreadableClip(path, f"pixel data cannot be decoded ({syntax}, {type(error).__name__})") from None
         yield grey, fps
+
+
+def _check_inflated(path: Path):
+    """pydicom inflates a deflated file as a whole: see first how much that gives."""
+    from pydicom.filereader import read_dataset, read_preamble
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    with open(path, "rb") as file:
+        read_preamble(file, force=False)
+        meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
+        if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+            return
+        inflate, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        while block := inflate.unconsumed_tail or file.read(1 << 16):
+            total += len(inflate.decompress(block, 1 << 20))
+            if total > MAX_BYTES:
+                raise UnreadableClip(path, f"inflates to more than {MAX_BYTES >> 30} GiB")
 
 
 def _number_of_frames(data) -> int:
