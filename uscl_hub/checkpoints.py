@@ -80,14 +80,14 @@ def read_header(path) -> dict[str, dict]:
         size = path.stat().st_size
         with open(path, "rb") as f:
             start = f.read(8)
-            if start[:2] == b"PK" or start[:1] == b"\x80":
+            if len(start) < 8:
+                raise bad(f"has {size} bytes, too few for a safetensors file")
+            length = int.from_bytes(start, "little")
+            if length > size - 8 and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"):
                 raise bad(
                     "is a PyTorch pickle, whatever its name says; only safetensors are loaded",
                     "If these are the authors' weights, run `uscl-hub convert` on it first",
                 )
-            if len(start) < 8:
-                raise bad(f"has {size} bytes, too few for a safetensors file")
-            length = int.from_bytes(start, "little")
             if length > size - 8:
                 raise bad(f"claims a header of {length} bytes but has only {size}: truncated or not safetensors")
             if length > MAX_HEADER:
