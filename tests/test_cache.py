@@ -232,11 +232,11 @@ def test_disk_full_keeps_what_is_complete(demo, tmp_path, monkeypatch):
 
 
 def test_long_clips_are_not_held_in_memory(demo, tmp_path, monkeypatch):
-    import training.cache as module
+    import uscl_hub.clips as module
 
     write_video(tmp_path / "data" / "long.mp4", simulate_clip("lung", 80, 48, seed=1))
     plain = ingest([tmp_path / "data"], tmp_path / "a", size=32, workers=0, progress=False)
-    monkeypatch.setattr(module, "_KEEP_BYTES", 50 * 48 * 48)
+    monkeypatch.setattr(module, "KEEP_BYTES", 50 * 48 * 48)
     twice = ingest([tmp_path / "data"], tmp_path / "b", size=32, workers=0, progress=False)
     assert np.array_equal(plain.clip(0), twice.clip(0)) and len(plain.clip(0)) == 80
 

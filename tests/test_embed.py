@@ -12,7 +12,7 @@ from PIL import Image
 import uscl_hub
 from uscl_hub import checkpoints, models
 from uscl_hub.cli import main
-from uscl_hub.embed import read_clip
+from uscl_hub.clips import read_clip
 from uscl_hub.media import find_clips
 
 
@@ -73,7 +73,7 @@ def test_embed_then_search(capsys, folder, scans, tmp_path):
     transform = uscl_hub.create_transform(model)
     clip = next(c for c in find_clips([scans]) if c.id == "scans/a.gif")
     with torch.inference_mode():
-        want = model(torch.stack([transform(f) for f in read_clip(clip, 64)[0]])).numpy()
+        want = model(torch.stack([transform(f) for f in read_clip(clip, 64).images])).numpy()
     np.testing.assert_allclose([r["feature"] for r in frames], want, atol=1e-5)
     np.testing.assert_allclose(pooled["scans/a.gif"]["feature"], want.mean(0), atol=1e-5)
     assert sorted(p.name for p in tmp_path.iterdir()) == [

@@ -28,20 +28,12 @@ from typing import NamedTuple, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from uscl_hub.crop import (
-    SAMPLES,
-    Region,
-    apply_region,
-    before_after_sheet,
-    burned_in_text_suspected,
-    detect_region,
-    sample,
-)
-from uscl_hub.media import Clip, UnreadableClip, find_clips, iter_frames
-from uscl_hub.preprocess import resize
+from uscl_hub.clips import read_clip
+from uscl_hub.crop import before_after_sheet
+from uscl_hub.files import InUse, locked, write_whole
+from uscl_hub.media import Clip, UnreadableClip, content_hash, find_clips
 
 VERSION = 1  # of everything that decides the frames' values: decoding, cropping, resizing
-_KEEP_BYTES = 512 * 2**20  # decoded frames held at once; longer clips are decoded twice
 _CLIP_SECONDS = 600  # of one clip's decoding; a decoder that hangs is ended
 _FLUSH_SECONDS = 2.0
 
@@ -186,10 +178,13 @@ def ingest(
     settings = Settings(size, crop, max_frames, stride)
     folder = Path(out) / settings.key
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        _write_json(folder / "settings.json", asdict(settings))
-        lines, end = _read_index(folder, size, repair=True)
-        failed = _append(clips, lines, end, folder, settings, workers, progress, sheets)
+    try:
+        with locked(folder):
+            _write_json(folder / "settings.json", asdict(settings))
+            lines, end = _read_index(folder, size, repair=True)
+            failed = _append(clips, lines, end, folder, settings, workers, progress, sheets)
+    except InUse as error:
+        raise CacheError(str(error)) from None
 
     records, same = _unique(lines[clip.id] for clip in clips if clip.id in lines and clip.id not in failed)
     report = {
@@ -347,27 +342,8 @@ def _unique(lines) -> tuple[list[dict], list[tuple[str, str]]]:
     return list(first.values()), same
 
 
-@contextmanager
-def _locked(folder: Path):
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise CacheError(
-            f"{folder}: another process is writing to this cache; wait for it or use another folder"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _write_json(path: Path, value):
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, path)
+    write_whole(path, lambda file: file.write_text(json.dumps(value, indent=1) + "\n"))
 
 
 def _stamp(clip: Clip) -> list[int]:
@@ -442,7 +418,7 @@ def _pool(count: int) -> ProcessPoolExecutor:
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":  # the imports happen once, not once a worker
-        context.set_forkserver_preload(["uscl_hub.media", "uscl_hub.crop"])
+        context.set_forkserver_preload(["uscl_hub.clips"])
     return ProcessPoolExecutor(count, context, _start_worker)
 
 
@@ -469,20 +445,26 @@ def _prepare(clip: Clip, settings: Settings, known: frozenset, sheets: bool):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process: a hung decoder sees no exception
         signal.alarm(_CLIP_SECONDS)
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            sha256 = _hash(clip)
-            if sha256 in known:
-                return {"sha256": sha256}, None, None
-            frames, about, tile = _read(clip, settings, sheets)
-        notes = sorted(
-            {
-                " ".join(str(w.message).split())[:200]
-                for w in caught
-                if w.category is UserWarning and w.filename.endswith(("media.py", "cache.py"))
-            }
-        )
-        return dict(about, sha256=sha256, frames=len(frames), notes=notes), frames, tile
+        sha256 = content_hash(clip)
+        if sha256 in known:
+            return {"sha256": sha256}, None, None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the decoders, and without the file's name
+            read = read_clip(
+                clip, settings.size, crop=settings.crop, stride=settings.stride, max_frames=settings.max_frames
+            )
+        about = {
+            "sha256": sha256,
+            "frames": len(read.images),
+            "fps": read.fps,
+            "region": list(read.region.box),
+            "masked": read.region.mask is not None,
+            "height": read.before.shape[0],
+            "width": read.before.shape[1],
+            "text": read.text,
+            "notes": list(read.notes),
+        }
+        return about, read.images, (read.before, read.region, read.after) if sheets else None
     except UnreadableClip as error:
         return error.reason
     except OSError as error:
@@ -496,49 +478,3 @@ def _in_worker() -> bool:
     import multiprocessing
 
     return multiprocessing.parent_process() is not None
-
-
-def _hash(clip: Clip) -> str:
-    whole = hashlib.sha256()
-    for path in clip.files:
-        with open(path, "rb") as file:
-            whole.update(
-                hashlib.file_digest(file, "sha256").digest()
-                if hasattr(hashlib, "file_digest")
-                else hashlib.sha256(file.read()).digest()
-            )
-    return whole.hexdigest()
-
-
-def _read(clip: Clip, settings: Settings, sheets: bool):
-    """Frames uint8 (T, size, size), the clip's facts, and its tile. Long clips are decoded twice, not held."""
-    held, few, total, fps = [], [], 0, None
-    for frame, fps in iter_frames(clip, settings.max_frames, settings.stride):
-        total += 1
-        if held is not None:
-            held.append(frame)
-            if len(held) * frame.nbytes > _KEEP_BYTES and len(held) > SAMPLES:
-                held, few = None, held
-        else:
-            few.append(frame)
-        if held is None and len(few) * frame.nbytes > _KEEP_BYTES:
-            few = few[::2]
-    looked_at = sample(held if held is not None else few)
-    region = (
-        detect_region(looked_at) if settings.crop != "none" else Region(0, looked_at.shape[1], 0, looked_at.shape[2])
-    )
-    source = held if held is not None else (f for f, _ in iter_frames(clip, settings.max_frames, settings.stride))
-    frames = np.empty((total, settings.size, settings.size), np.uint8)
-    for i, frame in enumerate(source):
-        frames[i] = resize(np.ascontiguousarray(apply_region(frame, region, settings.crop)), settings.size)
-    after = apply_region(looked_at, region, settings.crop)
-    about = {
-        "fps": fps,
-        "region": list(region.box),
-        "masked": region.mask is not None,
-        "height": looked_at.shape[1],
-        "width": looked_at.shape[2],
-        "text": burned_in_text_suspected(after),
-    }
-    middle = len(looked_at) // 2
-    return frames, about, (looked_at[middle], region, after[middle]) if sheets else None

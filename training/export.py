@@ -3,16 +3,15 @@
 import datetime
 import hashlib
 import json
-import os
 import subprocess
-import tempfile
 from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import save_file
 
 import uscl_hub
+from uscl_hub.checkpoints import save_tensors, sha256
+from uscl_hub.files import write_whole
 from uscl_hub.preprocess import MEAN, STD
 
 LICENCE_OF_CODE = "apache-2.0"
@@ -75,12 +74,12 @@ def export(backbone, name, size, folder, provenance, channels=3):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
+    state = backbone.state_dict()
     bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if bad:
         raise ValueError(f"export: weights are not finite in {', '.join(bad[:5])}: nothing is written")
-    _replace(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    write_whole(folder / "model.safetensors", lambda path: save_tensors(state, path))
+    digest = sha256(folder / "model.safetensors")
     provenance = {
         **provenance,
         "code": code_version(),
@@ -94,21 +93,9 @@ def export(backbone, name, size, folder, provenance, channels=3):
         "pretrained_cfg": pretrained_cfg(name, size, channels),
         "uscl_hub": provenance,
     }
-    _replace(folder / "config.json", lambda path: Path(path).write_text(json.dumps(config, indent=2)))
-    _replace(folder / "README.md", lambda path: Path(path).write_text(model_card(config)))
+    write_whole(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
+    write_whole(folder / "README.md", lambda path: path.write_text(model_card(config)))
     return folder
-
-
-def _replace(path, write):
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def model_card(config):

@@ -28,6 +28,16 @@ ITEM_BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
+# What a config.json may not decide: where weights are loaded from (the folder that it lies in), and how.
+SOURCES = {"url", "state_dict", "hf_hub_id", "hf_hub_filename", "custom_load"}
+CREATE_MODEL = {
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+    "features_only",
+}
 
 
 class CheckpointError(RuntimeError):
@@ -45,7 +55,10 @@ def sha256(path) -> str:
 
 def check_sha256(path, expected: str) -> None:
     """Raise CheckpointError if the file's SHA-256 is not the expected one."""
-    found = sha256(path)
+    try:
+        found = sha256(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file. Check the path") from None
     if found != expected.lower():
         raise CheckpointError(
             f"{path}: its SHA-256 is {found}, expected {expected}. The file is damaged or not the "
@@ -67,14 +80,14 @@ def read_header(path) -> dict[str, dict]:
         size = path.stat().st_size
         with open(path, "rb") as f:
             start = f.read(8)
-            if start[:2] == b"PK" or start[:1] == b"\x80":
+            if len(start) < 8:
+                raise bad(f"has {size} bytes, too few for a safetensors file")
+            length = int.from_bytes(start, "little")
+            if length > size - 8 and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"):
                 raise bad(
                     "is a PyTorch pickle, whatever its name says; only safetensors are loaded",
                     "If these are the authors' weights, run `uscl-hub convert` on it first",
                 )
-            if len(start) < 8:
-                raise bad(f"has {size} bytes, too few for a safetensors file")
-            length = int.from_bytes(start, "little")
             if length > size - 8:
                 raise bad(f"claims a header of {length} bytes but has only {size}: truncated or not safetensors")
             if length > MAX_HEADER:
@@ -248,6 +261,19 @@ def read_config(folder) -> tuple[dict, str, dict, dict]:
     size = config["pretrained_cfg"].get("input_size")
     if not (isinstance(size, list) and len(size) == 3 and all(isinstance(s, int) and 0 < s <= 65536 for s in size)):
         raise CheckpointError(f"{path}: pretrained_cfg.input_size is {size!r}, expected [channels, height, width]")
+    for key in ("mean", "std", "first_conv", "classifier"):
+        value = config["pretrained_cfg"].get(key)
+        values = value if isinstance(value, list) else [value]
+        if key in ("mean", "std"):
+            good = all(isinstance(v, (int, float)) and math.isfinite(v) and (v > 0 or key == "mean") for v in values)
+        else:
+            good = all(isinstance(v, str) for v in values)
+        if not (good or value is None):
+            raise CheckpointError(f"{path}: pretrained_cfg.{key} is {value!r}. Export the folder again")
+    arguments = config.get("model_args", {})
+    if not isinstance(arguments, dict) or (taken := sorted(arguments.keys() & CREATE_MODEL)):
+        what = ", ".join(taken) if isinstance(arguments, dict) else repr(arguments)
+        raise CheckpointError(f"{path}: model_args may hold the architecture's own arguments only, not {what}")
     try:
         cfg, architecture, model_args = load_model_config_from_path(folder)
         PretrainedCfg(**cfg)
@@ -256,8 +282,18 @@ def read_config(folder) -> tuple[dict, str, dict, dict]:
             raise ValueError(f"num_classes is {num_classes!r}")
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: timm cannot use it ({error}). Export the folder again") from error
-    cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items()}
+    cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k not in SOURCES}
     return cfg, architecture, model_args, config
+
+
+def check_provenance(folder, config: dict) -> None:
+    """Raise CheckpointError if the weights are not those that the folder's config.json was written with.
+
+    A folder whose provenance has no hash, one that another program exported, passes.
+    """
+    provenance = config.get("uscl_hub")
+    if isinstance(provenance, dict) and isinstance(provenance.get("sha256"), str):
+        check_sha256(Path(folder) / WEIGHTS_NAME, provenance["sha256"])
 
 
 def check_folder(folder) -> dict:
@@ -269,23 +305,35 @@ def check_folder(folder) -> dict:
 
     cfg, architecture, model_args, config = read_config(folder)
     path = Path(folder) / WEIGHTS_NAME
-    provenance = config.get("uscl_hub")
-    if isinstance(provenance, dict) and isinstance(provenance.get("sha256"), str):
-        check_sha256(path, provenance["sha256"])
+    check_provenance(folder, config)
     if not timm.is_model(architecture):
         raise CheckpointError(
             f"{Path(folder) / CONFIG_NAME}: timm knows no architecture {architecture!r}. "
             "Install the version of timm that it was exported with"
         )
     num_classes, in_chans = cfg.get("num_classes", 0), cfg["input_size"][0]
-    with torch.device("meta"):
-        model = timm.create_model(
-            architecture,
-            pretrained_cfg={**cfg, "source": None, "file": None},
-            **{**model_args, "num_classes": num_classes, "in_chans": in_chans},
-        )
+    arguments = {**model_args, "num_classes": num_classes, "in_chans": in_chans}
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(architecture, pretrained_cfg={**cfg, "source": None, "file": None}, **arguments)
+    except Exception as error:  # the constructors raise anything on arguments that make no sense
+        raise CheckpointError(
+            f"{Path(folder) / CONFIG_NAME}: timm cannot make a {architecture} of its model_args {model_args} "
+            f"({type(error).__name__}: {error}). Export the folder again"
+        ) from error
     check_for_model(load_tensors(path), model, where=path, num_classes=num_classes, in_chans=in_chans)
     return config
+
+
+def save_tensors(state_dict: dict[str, torch.Tensor], path) -> None:
+    """Write a safetensors file as timm does. Raises OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def save_folder(folder, state_dict: dict, config: dict, card: str) -> Path:
@@ -293,19 +341,13 @@ def save_folder(folder, state_dict: dict, config: dict, card: str) -> Path:
 
     Raises FileExistsError if the folder exists and is not empty.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists and is not empty. Choose another output folder, or remove it")
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
     try:
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in state_dict.items()},
-            draft / WEIGHTS_NAME,
-            metadata={"format": "pt"},
-        )
+        save_tensors(state_dict, draft / WEIGHTS_NAME)
         (draft / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (draft / CARD_NAME).write_text(card, encoding="utf-8")
         draft.chmod(0o755)  # mkdtemp's 0700 is not what anyone expects of a result

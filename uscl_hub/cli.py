@@ -140,6 +140,11 @@ def _embed(args):
     )
     lines = [f"{args.output}: {report['clips']} clips, {report['frames']} frames"]
     lines += [f"skipped {f['path']}: {f['reason']}" for f in report["failed"]]
+    lines += [f"note on {n['clip']}: {n['note']}" for n in report["notes"]]
+    lines += [
+        f"warning: {clip} may still show burned-in text after cropping: look at it before sharing anything of it"
+        for clip in report["burned_in_text_suspected"]
+    ]
     return report, lines
 
 

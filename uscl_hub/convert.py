@@ -5,8 +5,10 @@ features.0 is conv1, features.1 is bn1 and features.4 to features.7 are layer1 t
 the projection head; the older USCL files have `linear` and `fc` heads as well. Heads are dropped.
 """
 
+import io
 import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import timm
@@ -23,17 +25,16 @@ NORMALISATION = {"meta_uscl": (0.18, 0.24), "uscl": (0.5, 0.25)}  # mean, std of
 def read_pth(path) -> dict[str, torch.Tensor]:
     """The state dict in a .pth file, read with weights_only=True. Raises CheckpointError."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(_verified(path), map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file. Check the path") from None
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: holds more than tensors (numpy scalars, for example), which is refused because "
-            "unpickling it "
-            "would run its code. If you trust whoever made it, open it once with torch.load(..., "
-            "weights_only=False), "
-            "save only its tensors with torch.save({'state_dict': {name: tensor, ...}}, NEW), and "
-            "convert NEW "
+            f"{path}: holds more than tensors (numpy scalars, for example), which is refused because unpickling it "
+            "would run its code. If you trust whoever made it, open it once with torch.load(..., weights_only=False), "
+            "save only its tensors with torch.save({'state_dict': {name: tensor, ...}}, NEW), and convert NEW "
             f"({_first_line(error)})"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
@@ -50,6 +51,23 @@ def read_pth(path) -> dict[str, torch.Tensor]:
             f"{path}: has neither a 'state_dict' of tensors nor is one. It is not one of the authors' checkpoints"
         )
     return state
+
+
+def _verified(path):
+    """What torch.load may be given: it looks at no checksum, so of a zip archive a copy made of what passed them."""
+    if not zipfile.is_zipfile(path):
+        return path  # PyTorch's format before 1.6
+    copy = io.BytesIO()
+    try:
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as verified:
+            if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
+                raise zipfile.BadZipFile("it claims to hold more than its size")
+            for entry in archive.infolist():
+                verified.writestr(entry.filename, archive.read(entry))
+    except Exception as error:  # zipfile raises many kinds on damaged archives
+        raise CheckpointError(f"{path}: is damaged ({_first_line(error)}). Download it again") from error
+    copy.seek(0)
+    return copy
 
 
 def _first_line(error) -> str:

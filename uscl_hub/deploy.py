@@ -1,6 +1,5 @@
 """A backbone as ONNX or torch.export file, checked against eager PyTorch before it gets its name."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 
 from . import models
 from .checkpoints import CheckpointError
+from .files import write_whole
 from .load import load_meta_uscl_backbone
 from .preprocess import create_transform
 
@@ -28,31 +28,24 @@ def export(what: str, output, *, format: str, name: str = "meta_uscl_resnet18", 
         name, what = architecture, (None if what == architecture else what)
     model = load_meta_uscl_backbone(name, checkpoint=what, revision=revision)
     batch, source = _batch(create_transform(model), frames)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{os.getpid()}.{output.name}")
     dynamic = {"x": {0: torch.export.Dim("batch", min=1, max=65536)}}
-    try:
-        with torch.no_grad():
-            program = torch.export.export(model, (batch[:2],), dynamic_shapes=dynamic)  # of 1 it would be a constant
-            if format == "onnx":
-                run = _onnx(program, temporary)
-            else:
-                with open(temporary, "wb") as f:
-                    torch.export.save(program, f)
-                with open(temporary, "rb") as f:
-                    run = torch.export.load(f).module()
-            difference, scale = 0.0, 1e-12
-            for n in (len(batch), 1):
-                want = model(batch[:n])
-                difference = max(difference, float((torch.as_tensor(run(batch[:n])) - want).abs().max()))
-                scale = max(scale, float(want.abs().max()))
+    difference = 0.0
+
+    def write(path):
+        nonlocal difference
+        program = torch.export.export(model, (batch[:2],), dynamic_shapes=dynamic)  # of 1 it would be a constant
+        run, scale = {"onnx": _onnx, "torch-export": _torch_export}[format](program, path), 1e-12
+        for n in (len(batch), 1):
+            want = model(batch[:n])
+            difference = max(difference, float((torch.as_tensor(run(batch[:n])) - want).abs().max()))
+            scale = max(scale, float(want.abs().max()))
         if not difference <= TOLERANCE * scale:
             raise CheckpointError(
                 f"{output}: the {format} file differs from PyTorch by {difference:g}; it was not kept"
             )
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    with torch.no_grad():
+        write_whole(output, write)
     return {
         "output": str(output),
         "format": format,
@@ -61,6 +54,13 @@ def export(what: str, output, *, format: str, name: str = "meta_uscl_resnet18", 
         "source": source,
         "input": ["batch", *batch.shape[1:]],
     }
+
+
+def _torch_export(program, path: Path):
+    with open(path, "wb") as file:
+        torch.export.save(program, file)
+    with open(path, "rb") as file:
+        return torch.export.load(file).module()
 
 
 def _onnx(program, path: Path):

@@ -95,11 +95,12 @@ def _resolve(name: str, checkpoint, revision, cache_dir) -> tuple[str, dict | No
             f"{text}: neither a released tag ({released}), nor an existing .safetensors file or "
             "exported folder, nor a Hub id of the form org/name"
         )
-    cfg, found, _, _ = checkpoints.read_config(folder)
+    cfg, found, _, config = checkpoints.read_config(folder)
     ours = models.ARCHITECTURES.get(architecture, architecture)
     if models.ARCHITECTURES.get(found, found) != ours:
         suggestion = {v: k for k, v in models.ARCHITECTURES.items()}.get(found, found)
         raise CheckpointError(f"{folder}: holds a {found}, not a {ours}: pass name={suggestion!r}")
+    checkpoints.check_provenance(folder, config)
     return architecture, cfg, folder
 
 

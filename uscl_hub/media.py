@@ -6,10 +6,12 @@ Headers are never believed: every limit is checked on what is about to be, or ha
 only pixels and the frame rate are used; no tag is copied, logged or quoted in an error.
 """
 
+import hashlib
 import logging
 import os
 import re
 import warnings
+import zlib
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -157,6 +159,20 @@ def _sizes_differ(files: tuple[Path, ...]) -> bool:
 # ------------------------------------------------------------------------------------------------- decoding
 
 
+def content_hash(clip: Clip) -> str:
+    """Hex SHA-256 of a clip's file; of a folder of frames, of the files' digests in order. Raises OSError."""
+    digests = []
+    for path in clip.files:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        digests.append(digest)
+    if len(digests) == 1:
+        return digests[0].hexdigest()
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+
+
 def decode(clip: Clip, max_frames: int | None = None, stride: int = 1) -> tuple[np.ndarray, float | None]:
     """uint8 (T, H, W) grey frames and the frames per second of the file, None if unknown.
 
@@ -175,25 +191,33 @@ def decode(clip: Clip, max_frames: int | None = None, stride: int = 1) -> tuple[
 
 
 def iter_frames(
-    clip: Clip, max_frames: int | None = None, stride: int = 1
+    clip: Clip, max_frames: int | None = None, stride: int = 1, notes: list[str] | None = None
 ) -> Iterator[tuple[np.ndarray, float | None]]:
     """Yields (uint8 (H, W), frames per second) one frame at a time, all of the first frame's size.
 
-    A frame of another size is resized to the first one's, with a warning. Raises UnreadableClip, also if there is
-    no frame at all or there are more than MAX_FRAMES; ImportError if the decoder's library is not installed.
+    A frame of another size is resized to the first one's. That, and a video that ends before its header says, is
+    appended to `notes`, or without them a warning. Raises UnreadableClip, also if there is no frame at all or there
+    are more than MAX_FRAMES; ImportError if the decoder's library is not installed.
     """
     if stride < 1 or (max_frames is not None and max_frames < 1):
         raise ValueError(f"stride and max_frames must be at least 1, got {stride} and {max_frames}")
     reader = {"video": _video, "dicom": _dicom, "frames": _frames, "image": _image}[clip.kind]
     if clip.kind == "video" and clip.files[0].suffix.lower() == ".gif":
         reader = _image  # Pillow composes partial frames; FFmpeg gives the same with more ado
+
+    def note(text):
+        if notes is None:
+            warnings.warn(text, stacklevel=3)
+        elif text not in notes:
+            notes.append(text)
+
     shape, taken = None, 0
     try:
-        for grey, fps in reader(clip, stride):
+        for grey, fps in reader(clip, stride, note):
             if shape is None:
                 shape = grey.shape
             elif grey.shape != shape:
-                warnings.warn(f"frames differ in size: resized to the first, {shape[1]} x {shape[0]}", stacklevel=2)
+                note(f"frames differ in size: resized to the first, {shape[1]} x {shape[0]}")
                 grey = np.array(Image.fromarray(grey).resize(shape[::-1], Image.Resampling.BILINEAR))
             yield grey, fps
             taken += 1
@@ -223,7 +247,7 @@ def _check_pixels(path: Path, width: int, height: int):
         raise UnreadableClip(path, f"{width} x {height} pixels: the limit is {MAX_PIXELS / 1e6:.1f} million a frame")
 
 
-def _video(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]:
+def _video(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | None]]:
     try:
         import av
     except ImportError as error:
@@ -244,6 +268,8 @@ def _video(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]
             context = stream.codec_context
             if context is None:
                 raise UnreadableClip(path, "no decoder for its video codec")
+            # frames that grow on the way: ours is the better message, FFmpeg's limit comes before the memory is taken
+            context.options = {"max_pixels": str(4 * MAX_PIXELS)}
             if context.width and context.height:
                 _check_pixels(path, context.width, context.height)
             rate = stream.average_rate or stream.guessed_rate
@@ -259,7 +285,7 @@ def _video(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]
                     yield np.ascontiguousarray(grey), fps
                 count += 1
             if count < 0.9 * stream.frames:
-                warnings.warn(f"its header says {stream.frames} frames, {count} could be decoded", stacklevel=2)
+                note(f"its header says {stream.frames} frames, {count} could be decoded")
     except (av.error.FFmpegError, ValueError) as error:
         where = f"damaged after frame {count}: " if count else ""
         raise UnreadableClip(path, where + _reason(error)) from error
@@ -280,9 +306,14 @@ def _open_image(path: Path):
     return image
 
 
-def _image(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]:
+def _image(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | None]]:
     """Every frame of a gif (an animated webp or multi-page tiff too); the one of any other image."""
     path = clip.files[0]
+    with _open_image(path) as image:
+        try:
+            image.verify()  # a png's checksums, which decoding does not look at
+        except Exception as error:
+            raise UnreadableClip(path, _reason(error)) from error
     with _open_image(path) as image:
         _check_pixels(path, *image.size)
         index = 0
@@ -308,9 +339,9 @@ def _image(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]
                 return
 
 
-def _frames(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]:
+def _frames(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | None]]:
     for path in clip.files[::stride]:
-        for frame in _image(Clip(clip.id, clip.source, "image", (path,)), 1):
+        for frame in _image(Clip(clip.id, clip.source, "image", (path,)), 1, note):
             yield frame[0], None
             break  # one frame a file
 
@@ -328,7 +359,7 @@ def _quiet_pydicom():
         logger.disabled = disabled
 
 
-def _dicom(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]:
+def _dicom(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | None]]:
     try:
         import pydicom
         from pydicom.pixels import iter_pixels
@@ -337,7 +368,10 @@ def _dicom(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]
     path = clip.files[0]
     with _quiet_pydicom():
         try:
+            _check_inflated(path)
             data = pydicom.dcmread(path)
+        except UnreadableClip:
+            raise
         except Exception as error:  # its message may quote a tag: only the kind of error is passed on
             raise UnreadableClip(path, f"not a readable DICOM file ({type(error).__name__})") from None
         try:
@@ -363,6 +397,23 @@ def _dicom(clip: Clip, stride: int) -> Iterator[tuple[np.ndarray, float | None]]
             except Exception as error:
                 raise UnreadableClip(path, f"pixel data cannot be decoded ({syntax}, {type(error).__name__})") from None
         yield grey, fps
+
+
+def _check_inflated(path: Path):
+    """pydicom inflates a deflated file as a whole: see first how much that gives."""
+    from pydicom.filereader import read_dataset, read_preamble
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    with open(path, "rb") as file:
+        read_preamble(file, force=False)
+        meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
+        if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+            return
+        inflate, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        while block := inflate.unconsumed_tail or file.read(1 << 16):
+            total += len(inflate.decompress(block, 1 << 20))
+            if total > MAX_BYTES:
+                raise UnreadableClip(path, f"inflates to more than {MAX_BYTES >> 30} GiB")
 
 
 def _number_of_frames(data) -> int:
