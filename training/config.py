@@ -187,12 +187,11 @@ def load(kind, path):
         values = yaml.safe_load(Path(path).read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
         sys.exit(f"--config {path}: {error}")
-    return _fill(kind, values, path)
+    return _fill(kind(), values, path)
 
 
-def _fill(kind, values, path, prefix=""):
-    fields = {f.name: f for f in kind.__dataclass_fields__.values()}
-    instance = kind()
+def _fill(instance, values, path, prefix=""):
+    fields = instance.__dataclass_fields__
     if not isinstance(values, dict):
         sys.exit(f"{path}: {prefix or 'the file'} must be a mapping, got {type(values).__name__}")
     for name, value in values.items():
@@ -200,9 +199,9 @@ def _fill(kind, values, path, prefix=""):
             sys.exit(f"{path}: unknown setting {prefix}{name}; known here: {', '.join(fields)}")
         present = getattr(instance, name)
         if hasattr(present, "__dataclass_fields__"):
-            value = _fill(type(present), value, path, f"{prefix}{name}.")
+            value = _fill(present, value, path, f"{prefix}{name}.")
         elif isinstance(present, tuple):
-            value = tuple([value] if isinstance(value, str) else value)
+            value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
         elif isinstance(present, float) and isinstance(value, (int, str)):
             value = float(value)  # YAML reads 6e-5 as a string
         elif not isinstance(value, type(present)):
