@@ -1,7 +1,7 @@
 """Backbones by name, for evaluation: random, timm, ours, or a folder; and what they were pretrained on."""
 
 import hashlib
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,88 +9,89 @@ import timm
 import torch
 from torch import nn
 
-from training.tasks import Task, sha256
+import uscl_hub
+from training.export import fingerprint
+from training.tasks import EvaluationError, Task
+from uscl_hub.checkpoints import check_folder, sha256
 from uscl_hub.preprocess import MEAN, STD
 
 
-class LeakError(Exception):
+class LeakError(EvaluationError):
     """A backbone was pretrained on clips of the patients it is to be tested on."""
 
 
 @dataclass
 class Backbone:
-    """model: eval mode, images (B, 3, px, px) -> features (B, d). px: its own input size, None if untrained.
-    sha: of the weights. provenance: `uscl_hub` of the folder's config.json, None if it has none."""
+    """model: eval mode, images (B, 3, px, px) -> features (B, d). px: of its input. mean, std: a number a channel, or
+    one. sha: of the weights. provenance: `uscl_hub` of the folder's config.json, None if there is none."""
 
     name: str
     spec: str
     model: nn.Module
     architecture: str
-    px: int | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    px: int
+    mean: float | tuple[float, ...]
+    std: float | tuple[float, ...]
     sha: str
     provenance: dict | None
 
 
 def split_name(spec: str) -> tuple[str, str]:
-    """'name=spec' -> (name, spec); 'spec' -> (spec, spec), a folder by its last part."""
-    if "=" in spec:
-        name, spec = spec.split("=", 1)
-        return name, spec
-    return (Path(spec).name if Path(spec).is_dir() else spec), spec
+    """'name=spec' -> (name, spec); 'spec' -> (spec, spec), a folder by its own name, 'export' by its parent's."""
+    name, equals, rest = spec.partition("=")
+    if equals:
+        return name, rest
+    path = Path(spec)
+    return (path.parent.name if path.name == "export" else path.name) if path.is_dir() else spec, spec
 
 
 def is_random(spec: str) -> bool:
-    spec = split_name(spec)[1]
-    return spec.startswith("random:") or spec.startswith("timm:") and not spec.endswith(":pretrained")
+    return bool(re.fullmatch(r"random:.*|timm:(?!.*:pretrained$).*", split_name(spec)[1]))
 
 
-def load_backbone(spec: str, seed: int = 0, px: int | None = None) -> Backbone:
-    """spec: random:NAME, timm:NAME (random too), timm:NAME:pretrained, meta_uscl_NAME[.tag], or an exported or
-    converted folder; 'label=' before it names it in the report. seed: of random weights. px: for architectures of
-    one fixed input size. Raises ValueError for any other spec.
+def load_backbone(spec: str, seed: int = 0, px: int = 0) -> Backbone:
+    """Any backbone that evaluate.py's --backbones documents.
+
+    seed: of random weights, and what '{seed}' in the spec becomes. px: side of the input, 0 for the backbone's own.
+    Raises EvaluationError for an unknown spec, CheckpointError for a damaged folder.
     """
     name, spec = split_name(spec)
-
-    def create(architecture, **kwargs):
-        known = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
-        fixed = {"img_size": px} if px and known is not None and known.fixed_input_size else {}
-        return timm.create_model(architecture, num_classes=0, **fixed, **kwargs)
+    spec = spec.replace("{seed}", str(seed))
 
     provenance = None
     if is_random(spec):
-        architecture = spec.split(":", 1)[1]
+        architecture = spec.split(":")[1]
+        if not timm.is_model(architecture):
+            raise EvaluationError(f"backbone {spec!r}: timm knows no {architecture!r}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = create(architecture)
-        px, mean, std = None, (MEAN,) * 3, (STD,) * 3
+            model = timm.create_model(architecture, num_classes=0, **_img_size(architecture, px))
+        px, mean, std = px or model.pretrained_cfg["input_size"][-1], MEAN, STD
     else:
         if spec.startswith("timm:"):
-            model = create(spec.split(":")[1], pretrained=True)
+            architecture = spec.split(":")[1]
+            model = timm.create_model(architecture, pretrained=True, num_classes=0, **_img_size(architecture, px))
         elif spec.startswith("meta_uscl_"):
-            import uscl_hub
-
             model = uscl_hub.load_meta_uscl_backbone(spec)
-            provenance = getattr(model, "provenance", None)
         elif Path(spec).is_dir():
-            config = Path(spec) / "config.json"
-            if not config.is_file():
-                raise ValueError(
-                    f"{spec}: no config.json in it; a backbone folder is what run.py's export or "
-                    "'uscl-hub convert' writes"
-                )
-            provenance = json.loads(config.read_text(encoding="utf-8")).get("uscl_hub")
-            model = timm.create_model(f"local-dir:{Path(spec).resolve()}", pretrained=True, num_classes=0)
+            config = check_folder(spec)
+            provenance = config.get("uscl_hub")
+            kwargs = _img_size(config["architecture"], px)
+            model = timm.create_model(f"local-dir:{Path(spec).resolve()}", pretrained=True, num_classes=0, **kwargs)
         else:
-            raise ValueError(
+            raise EvaluationError(
                 f"backbone {spec!r} is neither a folder nor random:NAME, timm:NAME, timm:NAME:pretrained "
                 "or meta_uscl_NAME[.tag]"
             )
         cfg = model.pretrained_cfg
-        px, mean, std, architecture = cfg["input_size"][-1], cfg["mean"], cfg["std"], cfg["architecture"]
-    mean, std = (tuple(map(float, (v if isinstance(v, (tuple, list)) else (v,) * 3))) for v in (mean, std))
+        architecture, px, mean, std = cfg["architecture"], px or cfg["input_size"][-1], cfg["mean"], cfg["std"]
     return Backbone(name, spec, model.eval(), architecture, px, mean, std, weights_sha(model), provenance)
+
+
+def _img_size(architecture: str, px: int) -> dict:
+    """Vision transformers are built for one input size."""
+    cfg = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
+    return {"img_size": px} if px and cfg is not None and cfg.fixed_input_size else {}
 
 
 def weights_sha(model: nn.Module) -> str:
@@ -100,21 +101,18 @@ def weights_sha(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(name: str) -> str:
-    """How an export names a group (training/export.py): without giving its name away."""
-    return hashlib.sha256(name.encode()).hexdigest()[:16]
-
-
 def find_leaks(backbone: Backbone, task: Task) -> list[str]:
     """Groups of the task that the backbone was pretrained on: by group id (or its fingerprint) or a file's content.
 
-    A group is known as the task names it ('covid_blues/patient_7'), by its aliases ('patient_7') and by its file's id.
+    A group is known as the task names it ('covid_blues/patient_7'), by its aliases ('patient_7') and by the names that
+    uscl_hub.media.find_clips gives its files.
     """
     known = backbone.provenance or {}
     groups, clips = set(map(str, known.get("groups") or ())), set(known.get("clips") or ())
     leaks = {}
     for item in task.items:
-        names = {item.group, item.id, *item.aliases}
+        series = re.sub(r"\d+(?=\D*$)", "#", Path(item.id).stem)  # numbered images of one folder are one clip
+        names = {item.group, *item.aliases, item.id, str(Path(item.id).with_name(series + item.path.suffix.lower()))}
         if groups & (names | set(map(fingerprint, names))) or clips and clips & content_hashes(item.path):
             leaks[item.group] = None
     return list(leaks)
@@ -127,8 +125,8 @@ def content_hashes(path: Path) -> set[str]:
 
 
 def refuse_leaks(backbone: Backbone, task: Task):
-    leaks = find_leaks(backbone, task)
-    if leaks:
+    """Raises LeakError if the backbone was pretrained on any of the task's groups."""
+    if leaks := find_leaks(backbone, task):
         raise LeakError(
             f"{backbone.name} was pretrained on {len(leaks)} of the {len(set(task.groups))} groups that "
             f"{task.title} tests ({', '.join(leaks[:5])}{', ...' if len(leaks) > 5 else ''}): its result "

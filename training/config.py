@@ -188,19 +188,18 @@ def load(kind, path):
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         sys.exit(f"--config {path}: {' '.join(str(error).split())}")
-    return _fill(kind, values, path)
+    return _fill(kind(), values, path)
 
 
-def _fill(kind, values, path, prefix=""):
+def _fill(instance, values, path, prefix=""):
     if not isinstance(values, dict):
         sys.exit(f"{path}: {prefix.rstrip('.') or 'the file'} must be a mapping, got {values!r}")
-    types = typing.get_type_hints(kind)
-    instance = kind()
+    types = typing.get_type_hints(type(instance))
     for name, value in values.items():
         if name not in types:
             sys.exit(f"{path}: unknown setting {prefix}{name}; known here: {', '.join(types)}")
         if is_dataclass(types[name]):
-            value = _fill(types[name], value, path, f"{prefix}{name}.")
+            value = _fill(getattr(instance, name), value, path, f"{prefix}{name}.")
         else:
             try:
                 value = _convert(value, types[name])

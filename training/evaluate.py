@@ -6,14 +6,13 @@ cell is cached: an interrupted run, started again, goes on where it stopped.
 """
 
 import datetime
-import hashlib
 import json
+import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
-import warnings
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,15 +28,15 @@ from sklearn.metrics import confusion_matrix  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from training import config as configs  # noqa: E402
-from training import intervals, protocols, report, segment, tasks  # noqa: E402
-from training.backbones import LeakError, find_leaks, is_random, load_backbone, refuse_leaks, split_name  # noqa: E402
+from training import export, intervals, protocols, report, segment, tasks  # noqa: E402
+from training.backbones import find_leaks, is_random, load_backbone, refuse_leaks, split_name  # noqa: E402
 from training.protocols import FineTune  # noqa: E402
+from training.segment import Segment  # noqa: E402
+from training.tasks import EvaluationError, Task  # noqa: E402
+from uscl_hub.checkpoints import CheckpointError  # noqa: E402
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-
-def _full() -> FineTune:
-    return FineTune(epochs=10, lr=1e-3, batch=64, flip=True)
+DATA = Path(os.environ.get("USCL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+SHOWN = 6  # segmentation overlays in the report
 
 
 @dataclass
@@ -45,8 +44,9 @@ class Config:
     """Evaluate backbones on downstream ultrasound tasks."""
 
     backbones: tuple[str, ...] = ("random:resnet18",)
-    """random:NAME, timm:NAME[:pretrained], meta_uscl_NAME[.tag], or a folder (exported or converted); 'label=' before
-    it names it in the report. The first one is the reference of the differences."""
+    """random:NAME, timm:NAME (random too), timm:NAME:pretrained, meta_uscl_NAME[.tag], or an exported or converted
+    folder, where '{seed}' stands for each seed; 'label=' before it names it in the report. Differences are from the
+    first one."""
     tasks: tuple[str, ...] = ("pocus", "busi", "busi3", "blues")
     """pocus (3 classes, by patient), busi (benign / malignant), busi3, blues (COVID-BLUES severity), busi_seg."""
     protocols: tuple[str, ...] = ("knn", "linear")
@@ -64,7 +64,7 @@ class Config:
     out: str = "runs/evaluate"
     """results.json, report.md, report.html, figures/, arrays.npz."""
     cache: str = "runs/evaluate_cache"
-    """Decoded frames, features and finished cells; may be shared between runs."""
+    """Decoded frames, features and finished cells; runs may share it."""
     model_card: str = ""
     """A MODEL_CARD.md whose tables, between the markers, are to be replaced."""
     px: int = 0
@@ -76,75 +76,55 @@ class Config:
     max_excluded: float = 0.05
     """A task with a larger share of unusable files does not run."""
     leaks: str = "refuse"
-    """'refuse': end the run if a backbone was pretrained on a task's groups; 'skip': leave out that pair, and say so."""
+    """If a backbone was pretrained on a task's groups: 'refuse' ends the run, 'skip' leaves out that pair, said so."""
     draws: int = 1000
     """Bootstrap draws."""
     device: str = "auto"
     """'auto', 'cpu' or 'cuda'."""
     workers: int = 0
     """Processes that decode; 0: one a core."""
-    last: FineTune = field(default_factory=lambda: FineTune(epochs=30, lr=0.01, batch=128, flip=False))
+    last: FineTune = field(default_factory=lambda: FineTune(epochs=30, lr=0.01, batch=128))
     """The paper's 'last_three': the last block and the head."""
-    full: FineTune = field(default_factory=_full)
+    full: FineTune = field(default_factory=lambda: FineTune(epochs=10, lr=1e-3, batch=64))
     """Fine-tuning of everything."""
-    segment: segment.Segment = field(default_factory=segment.Segment)
+    segment: Segment = field(default_factory=Segment)
     """Lesion segmentation (task busi_seg)."""
 
 
 def main(config: Config) -> Path:
-    """Run everything and return the output folder."""
+    """Run everything and return the output folder. Raises EvaluationError or CheckpointError."""
     started = time.time()
     check(config)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    out, cache = Path(config.out), Path(config.cache)
-    out.mkdir(parents=True, exist_ok=True)
-    configs.dump(config, out / "config.yaml")
+    out = Path(config.out)
     loaded = {name: tasks.load_task(name, Path(config.data), Path(config.blues)) for name in config.tasks}
     for task in loaded.values():
         tasks.check_excluded(task, config.max_excluded)
     px = input_sizes(config)
-    backbones, refused = {}, []
-    for spec in config.backbones:
-        backbone = load_backbone(spec, config.seeds[0], px[spec])
-        backbones[spec] = backbone
-        for task in loaded.values():
-            if config.leaks == "refuse":
-                refuse_leaks(backbone, task)
-            elif leaked := find_leaks(backbone, task):
-                refused.append({"backbone": backbone.name, "task": task.name, "groups": len(leaked)})
-    skip = {(r["backbone"], r["task"]) for r in refused}
+    backbones, refused = inspect(config, px, loaded.values())
+    out.mkdir(parents=True, exist_ok=True)
+    configs.dump(config, out / "config.yaml")
     result = {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
         "config": asdict(config),
         "environment": environment(device),
+        "backbones": backbones,
         "tasks": {},
-        "refused": refused,
+        "refused": [{"backbone": name, "task": task, "groups": n} for (name, task), n in refused.items()],
         "results": [],
         "differences": [],
-        "backbones": {
-            b.name: {
-                "spec": b.spec,
-                "architecture": b.architecture,
-                "px": px[spec],
-                "sha": [b.sha],
-                "provenance": summary(b.provenance),
-            }
-            for spec, b in backbones.items()
-        },
     }
     arrays = {}
-    for name, task in loaded.items():
-        rows = {}
-        for spec, backbone in backbones.items():
-            if (backbone.name, name) in skip:
-                continue
-            run = segmentation_rows if name == "busi_seg" else classification_rows
-            for row, estimates in run(config, task, spec, px[spec], device, cache, arrays, result):
-                rows[backbone.name, row["protocol"], row["fraction"], row["level"]] = estimates
-                result["results"].append(row)
-        result["differences"] += differences(name, rows)
-        result["tasks"][name] = describe(task, config, result)
+    for task in loaded.values():
+        found = []
+        for spec in config.backbones:
+            if (split_name(spec)[0], task.name) not in refused:
+                rows = segmentation_rows if task.name == "busi_seg" else classification_rows
+                found += rows(config, task, spec, px[spec], device, arrays)
+        result["results"] += [row for row, _ in found]
+        result["differences"] += differences(found)
+        result["tasks"][task.name] = describe(task, config)
     result["seconds"] = round(time.time() - started, 1)
     np.savez_compressed(out / "arrays.npz", **arrays)
     (out / "results.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -157,199 +137,184 @@ def main(config: Config) -> Path:
 
 
 def check(config: Config):
-    """Refuse settings that cannot work before anything is decoded. Raises ValueError."""
+    """Refuse settings that cannot work before anything is decoded."""
     for given, known, what in (
+        (config.tasks, tasks.NAMES, "tasks"),
         (config.protocols, protocols.PROTOCOLS, "protocols"),
         ((config.leaks,), ("refuse", "skip"), "leaks"),
         ((config.crop,), ("none", "crop", "blank"), "crop"),
+        ((config.device,), ("auto", "cpu", "cuda"), "device"),
         (config.segment.heads, segment.HEADS, "segment.heads"),
     ):
         for name in given:
             if name not in known:
-                raise ValueError(f"{what}: no {name!r}; choose from {', '.join(known)}")
-    names = [split_name(spec)[0] for spec in config.backbones]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"backbones: two of the same name among {', '.join(names)}; give one a label, as in 'ours=FOLDER'"
-        )
+                raise EvaluationError(f"{what}: no {name!r}; choose from {', '.join(known)}")
     for name in ("backbones", "tasks", "seeds", "fractions"):
         if not getattr(config, name):
-            raise ValueError(f"{name}: give at least one")
-    if config.folds < 2 or any(not 0 < f <= 1 for f in config.fractions):
-        raise ValueError("folds must be at least 2 and fractions in (0, 1]")
+            raise EvaluationError(f"{name}: give at least one")
+    names = [split_name(spec)[0] for spec in config.backbones]
+    if len(set(names)) < len(names):
+        raise EvaluationError(f"backbones: {', '.join(names)} are not all different; name one, as in 'ours=FOLDER'")
+    if config.folds < 2 or config.draws < 1 or config.rate <= 0 or any(not 0 < f <= 1 for f in config.fractions):
+        raise EvaluationError("folds must be at least 2, draws at least 1, rate above 0 and fractions in (0, 1]")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise EvaluationError("device: torch sees no CUDA device here; leave --device at 'auto'")
 
 
 def input_sizes(config: Config) -> dict[str, int]:
-    own = {spec: None if is_random(spec) else load_backbone(spec).px for spec in config.backbones}
-    first = next((px for px in own.values() if px), 64)
-    return {spec: config.px or px or first for spec, px in own.items()}
+    trained = {s: load_backbone(s, config.seeds[0]).px for s in config.backbones if not config.px and not is_random(s)}
+    first = next(iter(trained.values()), config.px or 64)
+    return {spec: trained.get(spec, first) for spec in config.backbones}
+
+
+def inspect(config: Config, px: dict[str, int], loaded) -> tuple[dict, dict]:
+    """What every backbone is, and how many groups of which (backbone, task) it must not be tested on."""
+    backbones, refused = {}, {}
+    for spec in config.backbones:
+        for seed in config.seeds:
+            backbone = load_backbone(spec, seed, px[spec])
+            known = backbone.provenance or {}
+            about = backbones.setdefault(
+                backbone.name,
+                {
+                    "spec": split_name(spec)[1],
+                    "architecture": backbone.architecture,
+                    "px": backbone.px,
+                    "sha": [],
+                    "untrained": is_random(spec),
+                    "leaks_checked": bool(known.get("groups") or known.get("clips")),
+                    "provenance": {k: v for k, v in known.items() if k not in ("groups", "clips")},
+                },
+            )
+            if backbone.sha not in about["sha"]:
+                about["sha"].append(backbone.sha)
+            for task in loaded:
+                if config.leaks == "refuse":
+                    refuse_leaks(backbone, task)
+                elif leaked := find_leaks(backbone, task):
+                    refused[backbone.name, task.name] = len(leaked)
+    return backbones, refused
 
 
 def environment(device: str) -> dict:
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "commit": git.stdout.strip() if git.returncode == 0 else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "scikit-learn": sklearn.__version__,
-        "device": device,
-    }
+    libraries = {"torch": torch, "torchvision": torchvision, "timm": timm, "scikit-learn": sklearn}
+    versions = {name: module.__version__ for name, module in libraries.items()}
+    return {**export.code_version(), "python": platform.python_version(), **versions, "device": device}
 
 
-def summary(provenance: dict | None) -> dict | str:
-    """The provenance without the long lists that the leak check has read."""
-    if provenance is None:
-        return "unknown"
-    return {key: f"{len(value)} entries" if key in ("groups", "clips") else value for key, value in provenance.items()}
-
-
-def classification_rows(config, task, spec, px, device, cache, arrays, result):
-    """Yields one (row of results.json, its Estimates) for every protocol, label fraction and level."""
-    frames = tasks.load_frames(task, px, cache, config.rate, config.crop, config.workers or None, config.max_excluded)
-    classes, name = len(task.classes), split_name(spec)[0]
-    labels, groups = task.labels, task.groups
-    collected = {}
+def classification_rows(config: Config, task: Task, spec: str, px: int, device: str, arrays: dict):
+    """Yields (row of results.json, its Estimates) for every protocol, label fraction and level."""
+    frames = tasks.load_frames(
+        task, px, Path(config.cache), config.rate, config.crop, config.workers, config.max_excluded
+    )
+    labels, groups, name, collected = task.labels, task.groups, split_name(spec)[0], defaultdict(list)
     for seed in config.seeds:
         folds = tasks.make_folds(labels, groups, task.classes, config.folds, seed, task.title)
-        arrays[f"folds/{task.name}/{seed}"] = folds
         backbone = load_backbone(spec, seed, px)
-        if backbone.sha not in result["backbones"][name]["sha"]:
-            result["backbones"][name]["sha"].append(backbone.sha)
-        features = protocols.features(backbone, frames, cache, device)
-        if seed == config.seeds[0] and f"tsne/{task.name}/{name}" not in arrays:
-            arrays[f"tsne/{task.name}/{name}"] = embed(protocols.pool_frames(features, frames.item, len(task.items)))
-        activations = None
+        inputs = {"features": protocols.features(backbone, frames, Path(config.cache), device)}
+        if seed == config.seeds[0]:
+            pooled = protocols.pool_frames(inputs["features"], frames.item, len(task.items))
+            arrays[f"tsne/{task.name}/{name}"] = tsne(pooled)
         for protocol in config.protocols:
             recipe = {"finetune_last": config.last, "finetune_full": config.full}.get(protocol)
             for fraction in config.fractions:
-                described = [
-                    backbone.sha,
-                    backbone.mean,
-                    backbone.std,
-                    frames.key,
-                    task.classes,
-                    folds.tolist(),
-                    protocol,
-                    fraction,
-                    seed,
-                    recipe and asdict(recipe),
-                ]
-                key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:20]
-                file = cache / f"cell-{key}.npy"
-                if not file.exists():
-                    inputs = features
-                    if protocol == "finetune_last":
-                        if activations is None:
-                            activations = protocols.before_last_block(backbone, frames.images, device)
-                        inputs = activations
-                    elif protocol == "finetune_full":
-                        inputs = frames.images
-                    said = f"{task.name} {name} {protocol} {fraction:.0%} seed {seed}"
-                    with tqdm(total=config.folds, desc=said, unit="fold", file=sys.stderr) as bar:
-                        values = protocols.out_of_fold(
-                            protocol,
-                            inputs,
-                            labels,
-                            groups,
-                            folds,
-                            frames.item,
-                            classes,
-                            fraction,
-                            seed,
-                            backbone,
-                            recipe,
-                            device,
-                            bar.update,
-                        )
-                    protocols.save_atomically(file, lambda f, values=values: np.save(f, values))
-                probabilities = np.load(file)
-                arrays[f"scores/{task.name}/{name}/{protocol}/{fraction:g}/{seed}"] = protocols.pool_frames(
-                    probabilities, frames.item, len(task.items)
-                ).astype(np.float32)
-                collected.setdefault((protocol, fraction), []).append(probabilities)
+
+                def make():
+                    if protocol == "finetune_last" and protocol not in inputs:
+                        inputs[protocol] = protocols.before_last_block(backbone, frames.images, device)
+                    x = frames.images if protocol == "finetune_full" else inputs.get(protocol, inputs["features"])
+                    with tqdm(total=config.folds, desc=f"{task.name} {name} {protocol} {fraction:.0%} {seed}") as bar:
+                        args = task, frames.item, folds, fraction, seed, backbone, recipe, device, bar.update
+                        return {"scores": protocols.out_of_fold(protocol, x, *args)}
+
+                described = ["cell", backbone.sha, backbone.mean, backbone.std, frames.key, task.labels.tolist()]
+                described += [folds.tolist(), protocol, fraction, seed, recipe and asdict(recipe)]
+                scores = tasks.cached(Path(config.cache), described, make)["scores"]
+                collected[protocol, fraction].append(scores)
     arrays[f"labels/{task.name}"] = labels
-    for (protocol, fraction), seeds in collected.items():
-        pooled = [protocols.pool_frames(p, frames.item, len(task.items)) for p in seeds]
+    for (protocol, fraction), scores in collected.items():
+        pooled = [protocols.pool_frames(s, frames.item, len(task.items)) for s in scores]
         levels = {"video" if task.has_video else "image": (pooled, np.arange(len(task.items)))}
         if task.has_video:
-            levels["frame"] = (seeds, frames.item)
-        for level, (scores, item) in levels.items():
-            y, g, s = np.tile(labels[item], len(seeds)), np.tile(groups[item], len(seeds)), np.concatenate(scores)
+            levels["frame"] = scores, frames.item
+        arrays[f"scores/{task.name}/{name}/{protocol}/{fraction:g}"] = np.concatenate(pooled).astype(np.float32)
+        for level, (s, item) in levels.items():
+            s, y, g = np.concatenate(s), np.tile(labels[item], len(s)), np.tile(groups[item], len(s))
             estimates = intervals.classification(y, s, g, task.classes, config.draws)
-            yield (
-                {
-                    "task": task.name,
-                    "backbone": name,
-                    "protocol": protocol,
-                    "fraction": fraction,
-                    "level": level,
-                    "n": len(item),
-                    "groups": len(set(groups)),
-                    "found": task.found,
-                    "excluded": len(task.excluded),
-                    "metrics": {key: e.to_dict() for key, e in estimates.items()},
-                    "confusion": confusion_matrix(y, s.argmax(1), labels=range(classes)).tolist(),
-                },
-                estimates,
-            )
+            confusion = confusion_matrix(y, s.argmax(1), labels=range(len(task.classes))).tolist()
+            yield row(task, name, protocol, fraction, level, len(item), estimates, confusion=confusion), estimates
 
 
-def segmentation_rows(config, task, spec, px, device, cache, arrays, result):
-    name = split_name(spec)[0]
-    yield from segment.rows(config, task, spec, name, device, cache, arrays)
+def segmentation_rows(config: Config, task: Task, spec: str, px: int, device: str, arrays: dict):
+    """Yields (row of results.json, its Estimates) for every head and label fraction."""
+    cache, name = Path(config.cache), split_name(spec)[0]
+    images, masks = segment.load_pairs(task, config.segment.px, cache)
+    tasks.check_excluded(task, config.max_excluded)
+    shown = np.linspace(0, len(images) - 1, SHOWN).round().astype(int)
+    for head in config.segment.heads:
+        for fraction in config.fractions:
+            predicted, instances = [], []
+            for seed in config.seeds:
+                folds = tasks.make_folds(task.labels, task.groups, task.classes, config.folds, seed, task.title)
+                backbone = load_backbone(spec, seed, px)
+                with tqdm(total=config.folds, desc=f"{task.name} {name} {head} {fraction:.0%} {seed}") as bar:
+                    args = task, folds, fraction, seed, config.segment, device, cache, bar.update
+                    masks_of_seed, found = segment.out_of_fold(head, backbone, images, masks, *args)
+                predicted.append(masks_of_seed)
+                instances += found
+            overlay = [images[shown], masks[shown] * np.uint8(255), predicted[0][shown] * np.uint8(255)]
+            arrays[f"overlay/{task.name}/{name}/{head}/{fraction:g}"] = np.stack(overlay, axis=1)
+            truth, groups = np.tile(masks, (len(config.seeds), 1, 1)), np.tile(task.groups, len(config.seeds))
+            values = segment.image_metrics(np.concatenate(predicted), truth)
+            estimates = intervals.mean_of_rows(values, groups, config.draws)
+            if head == "maskrcnn":
+                estimates |= segment.average_precision(truth, instances, groups, config.draws)
+            yield row(task, name, head, fraction, "image", len(images), estimates), estimates
 
 
-def embed(x: np.ndarray) -> np.ndarray:
+def row(task: Task, backbone: str, protocol: str, fraction: float, level: str, n: int, estimates: dict, **more) -> dict:
+    counts = {"n": n, "groups": len(set(task.groups)), "found": task.found, "excluded": len(task.excluded)}
+    metrics = {key: e.to_dict() for key, e in estimates.items()}
+    kind = {"task": task.name, "backbone": backbone, "protocol": protocol, "fraction": fraction, "level": level}
+    return {**kind, **counts, "metrics": metrics, **more}
+
+
+def tsne(x: np.ndarray) -> np.ndarray:
     """t-SNE of the items' mean features, float32 (items, 2)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return (
-            TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=0).fit_transform(x).astype(np.float32)
-        )
+    model = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="random", random_state=0)
+    return model.fit_transform(x).astype(np.float32)
 
 
-def differences(task: str, rows: dict) -> list[dict]:
-    """Every later backbone minus every earlier one, on the same folds and draws."""
-    found = []
-    keys = list(rows)
-    for i, a in enumerate(keys):
-        for b in keys[i + 1 :]:
-            if a[0] == b[0] or a[1:] != b[1:]:
+def differences(found: list[tuple[dict, dict]]) -> list[dict]:
+    """Every later backbone minus every earlier one, on the same folds and draws. found: of one task."""
+    kinds, result = ("task", "protocol", "fraction", "level"), []
+    for i, (first, earlier) in enumerate(found):
+        for second, later in found[i + 1 :]:
+            kind = {key: first[key] for key in kinds}
+            if first["backbone"] == second["backbone"] or any(second[key] != kind[key] for key in kinds):
                 continue
-            for metric in rows[a]:
-                d = rows[b][metric] - rows[a][metric]
-                found.append(
-                    {
-                        "task": task,
-                        "protocol": a[1],
-                        "fraction": a[2],
-                        "level": a[3],
-                        "backbone": b[0],
-                        "against": a[0],
-                        "metric": metric,
-                        **d.to_dict(),
-                        "verdict": intervals.verdict(d),
-                    }
-                )
-    return found
+            for metric in earlier:
+                d = later[metric] - earlier[metric]
+                names = {"backbone": second["backbone"], "against": first["backbone"], "metric": metric}
+                result.append({**kind, **names, **d.to_dict(), "verdict": intervals.verdict(d)})
+    return result
 
 
-def describe(task: tasks.Task, config: Config, result: dict) -> dict:
-    counts = {name: int((task.labels == i).sum()) for i, name in enumerate(task.classes)}
+def describe(task: Task, config: Config) -> dict:
+    labels, groups = task.labels, task.groups
+    folds = {s: tasks.make_folds(labels, groups, task.classes, config.folds, s).tolist() for s in config.seeds}
     return {
         "title": task.title,
         "classes": list(task.classes),
         "found": task.found,
         "used": len(task.items),
-        "by_class": counts,
-        "groups": len(set(task.groups)),
-        "groups_by_class": {c: len(set(task.groups[task.labels == i])) for i, c in enumerate(task.classes)},
-        "excluded": [list(e) for e in task.excluded],
+        "by_class": {c: int((labels == i).sum()) for i, c in enumerate(task.classes)},
+        "groups": len(set(groups)),
+        "groups_by_class": {c: len(set(groups[labels == i])) for i, c in enumerate(task.classes)},
+        "excluded": task.excluded,
         "notes": task.notes,
         "items": [[item.id, item.label, item.group] for item in task.items],
+        "folds": folds,
     }
 
 
@@ -357,5 +322,5 @@ if __name__ == "__main__":
     settings = configs.cli(Config, __doc__)
     try:
         main(settings)
-    except (tasks.TaskError, LeakError, ValueError) as error:
-        sys.exit(f"evaluate.py: {type(error).__name__}: {error}")
+    except (EvaluationError, CheckpointError) as error:
+        sys.exit(f"evaluate.py: {error}")

@@ -5,8 +5,6 @@ Each protocol trains on the frames of some folds and returns class probabilities
 """
 
 import copy
-import hashlib
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,120 +14,90 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegressionCV
-from sklearn.metrics import f1_score
-from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from training.backbones import Backbone
-from training.tasks import Frames, TaskError, label_subset
+from training.tasks import EvaluationError, Frames, Task, TaskError, cached, label_subset
 from uscl_hub.preprocess import normalise
 
-FROZEN = ("knn", "linear")
-PROTOCOLS = {
-    "knn": "kNN (k = 20, cosine)",
-    "linear": "linear probe",
-    "finetune_last": "fine-tune last block",
-    "finetune_full": "fine-tune all",
-}
+PROTOCOLS = ("knn", "linear", "finetune_last", "finetune_full")
 
 
 @dataclass
 class FineTune:
-    """One fine-tuning recipe: Adam at a constant rate, cross-entropy on frames, no choice made on the test fold."""
+    """Adam with weight decay 1e-4 and a cosine schedule, cross-entropy on frames; the last epoch counts."""
 
     epochs: int
+    """Passes over the training frames."""
     lr: float
+    """Adam's learning rate at the start."""
     batch: int
-    flip: bool
+    """Frames a step."""
 
 
 def to_input(images: np.ndarray, backbone: Backbone) -> torch.Tensor:
     """uint8 (N, px, px) -> float32 (N, 3, px, px), normalised as the backbone expects."""
-    same = len(set(backbone.mean)) == 1 and len(set(backbone.std)) == 1
-    return normalise(images, 3, *((backbone.mean[0], backbone.std[0]) if same else (backbone.mean, backbone.std)))
-
-
-# ----------------------------------------------------------------------------------------- features, computed once
-
-
-@torch.inference_mode()
-def compute(forward: Callable, backbone: Backbone, images: np.ndarray, device: str, batch: int = 128) -> torch.Tensor:
-    """forward over all images, float32 on the CPU."""
-    backbone.model.to(device).eval()
-    return torch.cat(
-        [
-            forward(to_input(images[i : i + batch], backbone).to(device)).float().cpu()
-            for i in range(0, len(images), batch)
-        ]
-    )
-
-
-def features(backbone: Backbone, frames: Frames, cache: Path, device: str) -> np.ndarray:
-    """float32 (N, d) of all frames, cached by the weights' hash and the frames'. Raises ValueError if not finite."""
-    normalisation = hashlib.sha256(repr((backbone.mean, backbone.std)).encode()).hexdigest()[:6]
-    file = Path(cache) / f"features-{backbone.sha[:16]}-{normalisation}-{frames.key}.npy"
-    if not file.exists():
-        values = compute(backbone.model, backbone, frames.images, device).numpy()
-        save_atomically(file, lambda out: np.save(out, values))
-    values = np.load(file)
-    if not np.isfinite(values).all():
-        raise ValueError(f"{backbone.name} ({backbone.spec}): its features are not finite; the checkpoint is broken")
-    return values
-
-
-def save_atomically(file: Path, write: Callable):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    with open(partial, "wb") as out:
-        write(out)
-    os.replace(partial, file)
+    mean, std = (v[0] if np.ndim(v) and len(set(v)) == 1 else v for v in (backbone.mean, backbone.std))
+    return normalise(images, 3, mean, std)
 
 
 # ------------------------------------------------------------------------------------------------ frozen features
 
 
-def knn(train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, k: int = 20) -> np.ndarray:
+@torch.inference_mode()
+def compute(forward: Callable, backbone: Backbone, images: np.ndarray, device: str, batch: int = 64) -> torch.Tensor:
+    """forward of all images in eval mode, float32 on the CPU."""
+    backbone.model.to(device, memory_format=torch.channels_last).eval()
+    chunks = (images[i : i + batch] for i in range(0, len(images), batch))
+    return torch.cat([forward(to_input(chunk, backbone).to(device)).float().cpu() for chunk in chunks])
+
+
+def features(backbone: Backbone, frames: Frames, cache: Path, device: str) -> np.ndarray:
+    """float32 (N, d) of all frames, computed once. Raises EvaluationError if they are not finite."""
+    described = ["features", backbone.sha, backbone.mean, backbone.std, frames.key]
+
+    def make():
+        return {"x": compute(backbone.model, backbone, frames.images, device).numpy()}
+
+    values = cached(cache, described, make)["x"]
+    if not np.isfinite(values).all():
+        raise EvaluationError(
+            f"{backbone.name} ({backbone.spec}): its features are not finite; the checkpoint is broken"
+        )
+    return values
+
+
+def knn(train: np.ndarray, labels: np.ndarray, test: np.ndarray, k: int = 20) -> np.ndarray:
     """Share of each class among the k training frames of highest cosine similarity, float (M, classes)."""
     if len(train) < k:
         raise TaskError(f"kNN needs at least {k} training frames, there are {len(train)}; use a larger label fraction")
     model = KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(train, labels)
-    return _columns(model.predict_proba(test), model.classes_, classes)
+    return model.predict_proba(test)
 
 
-def linear(
-    train: np.ndarray, labels: np.ndarray, groups: np.ndarray, test: np.ndarray, classes: int, seed: int
-) -> np.ndarray:
+def linear(train: np.ndarray, labels: np.ndarray, groups: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
     """Logistic regression on standardised features, float (M, classes).
 
-    C in 1e-4 .. 1e2 is the best macro-F1 of 3 folds by group within the training frames; with a class in fewer than
-    2 training groups there is nothing to choose on, and C is 1e-2.
+    C in 1e-4 ... 1 is the best macro-F1 of 3 folds by group within the training frames; with a class in fewer than 2
+    training groups there is nothing to choose on, and C is 1e-2.
     """
-    smallest = min(len(set(groups[labels == c])) for c in range(classes))
-    search = {"Cs": [1e-2], "cv": [(np.arange(len(labels)),) * 2]}
-    if smallest >= 2:
-        splitter = StratifiedGroupKFold(min(3, smallest), shuffle=True, random_state=seed)
-        search = {"Cs": np.logspace(-4, 2, 7), "cv": list(splitter.split(train, labels, groups))}
-    model = LogisticRegressionCV(
-        **search, scoring=_macro_f1, max_iter=300, use_legacy_attributes=False, l1_ratios=(0.0,)
-    )
-    with warnings.catch_warnings():  # a weakly regularised candidate that has not converged may still be compared
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        pipeline = make_pipeline(StandardScaler(), model).fit(train, labels)
-    return _columns(pipeline.predict_proba(test), pipeline.classes_, classes)
-
-
-def _macro_f1(model, x, y) -> float:
-    return f1_score(y, model.predict(x), average="macro")
-
-
-def _columns(probabilities: np.ndarray, present: np.ndarray, classes: int) -> np.ndarray:
-    result = np.zeros((len(probabilities), classes))
-    result[:, present] = probabilities
-    return result
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=1e-2, max_iter=300))
+    smallest = min(len(set(groups[labels == label])) for label in set(labels))
+    kwargs = {}
+    if smallest > 1:
+        inner = StratifiedGroupKFold(min(3, smallest), shuffle=True, random_state=seed)
+        model = GridSearchCV(model, {"logisticregression__C": np.logspace(-4, 0, 5)}, scoring="f1_macro", cv=inner)
+        kwargs = {"groups": groups}
+    # one thread: on matrices of this size threads cost more than they bring, the more on a busy machine
+    with warnings.catch_warnings(), threadpool_limits(1, "blas"):
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a candidate that has not converged may be compared
+        return model.fit(train, labels, **kwargs).predict_proba(test)
 
 
 # --------------------------------------------------------------------------------------------------- fine-tuning
@@ -143,7 +111,7 @@ def last_block(model: nn.Module) -> tuple[nn.Module, Callable]:
         return model.stages[-1].blocks[-1], lambda x: model.forward_head(model.norm_pre(x))
     if isinstance(getattr(model, "blocks", None), nn.Sequential) and hasattr(model, "norm"):  # vision transformers
         return model.blocks[-1], lambda x: model.forward_head(model.norm(x))
-    raise ValueError(
+    raise EvaluationError(
         f"the last block of a {type(model).__name__} is not known here; leave 'finetune_last' out of "
         "--protocols (ResNets, ConvNeXt and vision transformers have it)"
     )
@@ -166,60 +134,60 @@ def before_last_block(backbone: Backbone, images: np.ndarray, device: str) -> to
         handle.remove()
 
 
-class _Tail(nn.Module):
-    def __init__(self, model: nn.Module, classes: int):
+class _Classifier(nn.Module):
+    """A copy of the backbone, or of its last block and what follows, with a new linear head."""
+
+    def __init__(self, model: nn.Module, classes: int, last: bool):
         super().__init__()
         model = copy.deepcopy(model)
-        self.block, self.after = last_block(model)
-        self.head = nn.Linear(model.num_features, classes)
+        self.body, self.after = last_block(model) if last else (model, nn.Identity())
+        # some heads (MobileNetV3) widen the pooled features
+        self.head = nn.Linear(getattr(model, "head_hidden_size", None) or model.num_features, classes)
 
     def forward(self, x):
-        return self.head(self.after(self.block(x)))
-
-
-class _Whole(nn.Module):
-    def __init__(self, model: nn.Module, classes: int):
-        super().__init__()
-        self.model, self.head = copy.deepcopy(model), nn.Linear(model.num_features, classes)
-
-    def forward(self, x):
-        return self.head(self.model(x))
+        return self.head(self.after(self.body(x)))
 
 
 def finetune(
-    model: nn.Module,
-    train: torch.Tensor,
+    backbone: Backbone,
+    last: bool,
+    train: np.ndarray | torch.Tensor,
     labels: np.ndarray,
-    test: torch.Tensor,
+    test: np.ndarray | torch.Tensor,
+    classes: int,
     recipe: FineTune,
     seed: int,
     device: str,
 ) -> np.ndarray:
-    """Train all parameters of `model` (inputs to logits) and return the last epoch's probabilities of `test`."""
-    generator = torch.Generator().manual_seed(seed)
+    """Train the last block and a head on activations that enter it, or (last=False) everything on images with random
+    horizontal flips. Returns the last epoch's probabilities of `test`, float (M, classes).
+
+    With last this is the paper's 'last_three': the same parameters, optimiser and schedule as in the authors' code;
+    but the frozen part stays in eval mode, images are not augmented, and no epoch is chosen by the test fold.
+    """
+    prepare = (lambda x: x.to(device)) if last else (lambda x: to_input(x, backbone).to(device))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
-        model.to(device).train()
-        optimiser = torch.optim.Adam(model.parameters(), lr=recipe.lr)
-        target = torch.from_numpy(labels).long()
+        model = _Classifier(backbone.model, classes, last).to(device, memory_format=torch.channels_last).train()
+        optimiser = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe.epochs)
+        target = torch.from_numpy(labels).to(device)
         for _ in range(recipe.epochs):
-            for index in torch.randperm(len(train), generator=generator).split(recipe.batch):
-                if len(index) == 1:  # batch normalisation has no statistics of one frame
-                    continue
-                x = train[index].to(device)
-                if recipe.flip and torch.rand((), generator=generator) < 0.5:
-                    x = x.flip(-1)
-                loss = F.cross_entropy(model(x), target[index].to(device))
+            # equal batches of at most recipe.batch: batch normalisation has no statistics of a left-over frame
+            for index in torch.randperm(len(train)).tensor_split(-(-len(train) // recipe.batch)):
+                x = prepare(train[index.numpy()])
+                if not last:
+                    x = torch.where(torch.rand(len(x), 1, 1, 1).to(device) < 0.5, x.flip(-1), x)
+                loss = F.cross_entropy(model(x), target[index.to(device)])
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 optimiser.step()
-        model.eval()
-        with torch.inference_mode():
-            logits = torch.cat([model(x.to(device)).double().cpu() for x in test.split(256)])
+            schedule.step()
+    model.eval()
+    with torch.inference_mode():
+        logits = torch.cat([model(prepare(test[i : i + 64])).double().cpu() for i in range(0, len(test), 64)])
     if not torch.isfinite(logits).all():
-        raise FloatingPointError(f"fine-tuning diverged (lr {recipe.lr}): lower its learning rate")
+        raise EvaluationError(f"fine-tuning {backbone.name} diverged (lr {recipe.lr}): lower its learning rate")
     return logits.softmax(1).numpy()
 
 
@@ -228,12 +196,10 @@ def finetune(
 
 def out_of_fold(
     protocol: str,
-    inputs,
-    labels: np.ndarray,
-    groups: np.ndarray,
-    folds: np.ndarray,
+    inputs: np.ndarray | torch.Tensor,
+    task: Task,
     item: np.ndarray,
-    classes: int,
+    folds: np.ndarray,
     fraction: float,
     seed: int,
     backbone: Backbone,
@@ -243,10 +209,12 @@ def out_of_fold(
 ) -> np.ndarray:
     """Class probabilities of every frame, each from a model that has seen neither its group nor its fold.
 
-    inputs: features (N, d) for frozen protocols, activations before the last block for finetune_last, images
-    (N, px, px) uint8 for finetune_full. labels, groups, folds: of the items; item: int (N,), each frame's item.
-    fraction: share of the groups of each class that keep their label in the training part. done: called after each fold. Returns float (N, classes).
+    inputs: of every frame; features (N, d) for frozen protocols, activations before the last block for finetune_last,
+    uint8 images (N, px, px) for finetune_full. item: int (N,), each frame's item. folds: int (items,). fraction: share
+    of the groups of each class that keep their label in the training part. done: called after each fold.
+    Returns float (N, classes).
     """
+    labels, groups, classes = task.labels, task.groups, len(task.classes)
     result = np.full((len(item), classes), np.nan)
     for fold in range(folds.max() + 1):
         training = np.flatnonzero(folds != fold)
@@ -257,29 +225,18 @@ def out_of_fold(
         if len(set(y)) < classes:
             raise TaskError(f"fold {fold}: {fraction:.0%} of the labels leave a class without a training item")
         if protocol == "knn":
-            result[test] = knn(inputs[train], y, inputs[test], classes)
+            result[test] = knn(inputs[train], y, inputs[test])
         elif protocol == "linear":
-            result[test] = linear(inputs[train], y, g, inputs[test], classes, seed)
-        elif protocol == "finetune_last":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = _Tail(backbone.model, classes)
-            result[test] = finetune(model, inputs[train], y, inputs[test], recipe, seed, device)
-        elif protocol == "finetune_full":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = _Whole(backbone.model, classes)
-            result[test] = finetune(
-                model, to_input(inputs[train], backbone), y, to_input(inputs[test], backbone), recipe, seed, device
-            )
+            result[test] = linear(inputs[train], y, g, inputs[test], seed)
         else:
-            raise ValueError(f"no protocol {protocol!r}: choose from {', '.join(PROTOCOLS)}")
+            last = protocol == "finetune_last"
+            result[test] = finetune(backbone, last, inputs[train], y, inputs[test], classes, recipe, seed, device)
         done()
     return result
 
 
-def pool_frames(probabilities: np.ndarray, item: np.ndarray, items: int) -> np.ndarray:
-    """Mean probability of each item's frames, float (items, classes)."""
-    total = np.zeros((items, probabilities.shape[1]))
-    np.add.at(total, item, probabilities)
+def pool_frames(values: np.ndarray, item: np.ndarray, items: int) -> np.ndarray:
+    """Mean over each item's frames, float (items, d). values: (N, d); item: int (N,)."""
+    total = np.zeros((items, values.shape[1]))
+    np.add.at(total, item, values)
     return total / np.bincount(item, minlength=items)[:, None]

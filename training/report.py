@@ -18,17 +18,19 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay  # noqa: E402
 
+from training.tasks import EvaluationError  # noqa: E402
+
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NAMES = {
     "knn": "kNN",
-    "linear": "linear",
+    "linear": "linear probe",
     "finetune_last": "fine-tune last block",
     "finetune_full": "fine-tune all",
     "maskrcnn": "Mask R-CNN",
     "unet": "U-Net",
 }
-HEADLINE = ("accuracy", "balanced accuracy", "macro-F1", "AUROC")
-SEGMENTATION = ("Dice", "PPV", "sensitivity", "COCO AP", "COCO AP50")
+METRICS = ("accuracy", "balanced accuracy", "macro-F1", "AUROC", "Dice", "PPV", "sensitivity", "COCO AP", "COCO AP50")
+COMPARED = ("macro-F1", "AUROC", "Dice", "COCO AP")
 
 
 def write(folder: Path):
@@ -39,8 +41,8 @@ def write(folder: Path):
         arrays = dict(saved)
     figures = draw(result, arrays, folder / "figures")
     pictures = "\n\n".join(f"![{caption}](figures/{path.name})" for path, caption in figures)
-    text = (
-        f"# Evaluation of ultrasound backbones\n\n{about(result)}\n\n{markdown_tables(result)}\n\n{data_notes(result)}"
+    text = "\n\n".join(
+        ["# Evaluation of ultrasound backbones", about(result), markdown_tables(result), data_notes(result)]
     )
     (folder / "report.md").write_text(f"{text}\n\n## Plots\n\n{pictures}\n", encoding="utf-8")
     (folder / "report.html").write_text(page(text, figures), encoding="utf-8")
@@ -49,160 +51,114 @@ def write(folder: Path):
 # ---------------------------------------------------------------------------------------------------------- text
 
 
-def interval(estimate: dict, signed: bool = False) -> str:
-    """'61.2 [50.3, 70.1]', in points of 100."""
+def interval(estimate: dict | None, sign: str = "") -> str:
+    """'61.2 [50.3, 70.1]', in points of 100. sign: '+' shows it."""
     if estimate is None:
         return "–"
-    sign = "+" if signed else ""
     value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
     return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def about(result: dict) -> str:
-    environment = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
+    """What was run on what, with which backbones."""
+    config, environment = result["config"], ", ".join(f"{k} {v}" for k, v in result["environment"].items())
+    text = (
+        f"{result['created']} by `{result['command']}`; {environment}. Folds by group: {config['folds']}; seeds: "
+        f"{', '.join(map(str, config['seeds']))}. Brackets hold the 95 % interval of a bootstrap over groups "
+        f"({config['draws']} draws), folds and seeds pooled. Several seeds repeat the folds, not the patients: they do "
+        "not narrow what few patients leave open."
+    )
     rows = []
     for name, b in result["backbones"].items():
         known = b["provenance"]
-        known = (
-            ", ".join(f"{key}: {known[key]}" for key in ("method", "steps", "seed") if key in known)
-            if isinstance(known, dict)
-            else known
-        )
-        rows.append(
-            [
-                name,
-                b["architecture"],
-                b["px"],
-                ", ".join(sha[:12] for sha in b["sha"]),
-                "untrained" if b["spec"].startswith("random:") else f"pretraining {known}",
-            ]
-        )
-    text = (
-        f"{result['created']} by `{result['command']}`; {environment}. Folds by group: "
-        f"{result['config']['folds']}; seeds: {', '.join(map(str, result['config']['seeds']))}. Brackets hold the "
-        f"95 % interval of a bootstrap over groups ({result['config']['draws']} draws), folds and seeds pooled. "
-        "Several seeds repeat the folds, not the patients: they do not narrow what few patients leave open.\n\n"
-    )
-    text += table(["backbone", "architecture", "px", "weights (sha256)", "origin"], rows)
-    for refusal in result["refused"]:
-        text += (
-            f"\n\n**Refused:** {refusal['backbone']} on {refusal['task']}: it was pretrained on {refusal['groups']} "
-            "of the groups that this task tests."
-        )
-    return text
+        origin = ", ".join(f"{key} {known[key]}" for key in ("method", "steps", "seed") if key in known)
+        origin = "untrained" if b["untrained"] else f"pretrained ({origin or 'how is not recorded'})"
+        if not b["untrained"] and not b["leaks_checked"]:
+            origin += "; names no training clips: whether it has seen test patients CANNOT be checked"
+        rows.append([name, b["architecture"], b["px"], ", ".join(sha[:12] for sha in b["sha"]), origin])
+    parts = [text, table(["backbone", "architecture", "px", "weights (sha256)", "origin"], rows)]
+    parts += [
+        f"**Left out:** {r['backbone']} on {result['tasks'][r['task']]['title']}: it was pretrained on {r['groups']} "
+        "of the groups that this task tests."
+        for r in result["refused"]
+    ]
+    return "\n\n".join(parts)
+
+
+def _kind(row: dict) -> list[str]:
+    return [row["backbone"], NAMES[row["protocol"]], f"{row['fraction']:.0%}", row["level"]]
 
 
 def markdown_tables(result: dict) -> str:
-    """The tables of all results and of the paired differences."""
-    parts = []
+    """For every task its results, the differences from the first backbone, and the results by class."""
+    parts, head = [], ["backbone", "protocol", "labels", "level"]
     for name, task in result["tasks"].items():
         rows = [r for r in result["results"] if r["task"] == name]
         if not rows:
             continue
-        columns = [m for m in HEADLINE + SEGMENTATION if any(m in r["metrics"] for r in rows)]
-        parts.append(f"## {task['title']}\n\n{counts(task)}")
-        parts.append(
-            table(
-                ["backbone", "protocol", "labels", "level", "n", *(f"{m} (%)" for m in columns)],
-                [
-                    [
-                        r["backbone"],
-                        NAMES[r["protocol"]],
-                        f"{r['fraction']:.0%}",
-                        r["level"],
-                        r["n"],
-                        *(interval(r["metrics"].get(m)) for m in columns),
-                    ]
-                    for r in rows
-                ],
-            )
-        )
+        metrics = [m for m in METRICS if any(m in r["metrics"] for r in rows)]
+        parts += [f"## {task['title']}", counts(task)]
+        cells = [[*_kind(r), r["n"], *(interval(r["metrics"].get(m)) for m in metrics)] for r in rows]
+        parts.append(table([*head, "n", *(f"{m} (%)" for m in metrics)], cells))
+        undefined = max(e["undefined_draws"] for r in rows for e in r["metrics"].values())
+        if undefined:
+            parts.append(f"Up to {undefined} draws lacked a class; the intervals are of the others.")
+        first = rows[0]["backbone"]
         found = [
-            d
+            [*_kind(d), d["metric"], interval(d, "+"), d["verdict"]]
             for d in result["differences"]
-            if d["task"] == name
-            and d["against"] == next(iter(result["backbones"]))
-            and d["metric"] in columns
-            and (d["metric"] in ("macro-F1", "AUROC") or d["metric"] in SEGMENTATION)
+            if d["task"] == name and d["against"] == first and d["metric"] in COMPARED
         ]
         if found:
             parts.append(
-                f'Paired differences from {found[0]["against"]}, same folds and draws ("better" only where the '
-                "interval excludes 0):"
+                f'Paired differences from {first}, on the same folds and draws; "better" and "worse" only where the '
+                "interval excludes 0:"
             )
-            parts.append(
-                table(
-                    ["backbone", "protocol", "labels", "level", "metric", "difference (points)", "verdict"],
-                    [
-                        [
-                            d["backbone"],
-                            NAMES[d["protocol"]],
-                            f"{d['fraction']:.0%}",
-                            d["level"],
-                            d["metric"],
-                            interval(d, True),
-                            d["verdict"],
-                        ]
-                        for d in found
-                    ],
-                )
-            )
-        per_class = [r for r in rows if "macro-F1" in r["metrics"]]
-        if per_class:
-            parts.append("By class:")
-            parts.append(
-                table(
-                    ["backbone", "protocol", "labels", "level", "class", "precision (%)", "recall (%)", "F1 (%)"],
-                    [
-                        [
-                            r["backbone"],
-                            NAMES[r["protocol"]],
-                            f"{r['fraction']:.0%}",
-                            r["level"],
-                            c,
-                            *(interval(r["metrics"][f"{m} {c}"]) for m in ("precision", "recall", "F1")),
-                        ]
-                        for r in per_class
-                        for c in task["classes"]
-                    ],
-                )
-            )
+            parts.append(table([*head, "metric", "difference (points)", "verdict"], found))
+        by_class = [
+            [*_kind(r), c, *(interval(r["metrics"][f"{m} {c}"]) for m in ("precision", "recall", "F1"))]
+            for r in rows
+            for c in task["classes"]
+            if f"F1 {c}" in r["metrics"]
+        ]
+        if by_class:
+            parts += ["By class:", table([*head, "class", "precision (%)", "recall (%)", "F1 (%)"], by_class)]
     return "\n\n".join(parts)
 
 
 def counts(task: dict) -> str:
     of = ", ".join(f"{n} {c} ({task['groups_by_class'][c]} groups)" for c, n in task["by_class"].items())
     return (
-        f"{task['found']} files found, {task['used']} used, {len(task['excluded'])} excluded (listed below); "
+        f"{task['found']} files found, {task['used']} used, {len(task['excluded'])} excluded; "
         f"{task['groups']} groups; {of}."
     )
 
 
 def data_notes(result: dict) -> str:
-    """What was excluded, and what a reader must know of each task."""
+    """What was excluded and why, and what a reader must know of each task."""
     parts = ["## Data"]
     for task in result["tasks"].values():
         lines = [f"- {note}" for note in task["notes"]]
         lines += [f"- excluded: {name}: {reason}" for name, reason in task["excluded"]]
-        parts.append(f"### {task['title']}\n\n{counts(task)}\n\n" + "\n".join(lines))
+        parts += [f"### {task['title']}", counts(task), "\n".join(lines)]
     return "\n\n".join(parts)
 
 
 def update_model_card(path: Path, result: dict):
-    """Replace what stands between the markers of a model card. Raises ValueError if it lacks them."""
+    """Replace what stands between the markers of a model card. Raises EvaluationError if it lacks them."""
     text = path.read_text(encoding="utf-8") if path.exists() else f"# Model card\n\n{BEGIN}\n{END}\n"
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path}: needs one line {BEGIN} and after it one line {END}, around its result tables")
+        raise EvaluationError(f"{path}: needs one line {BEGIN} and after it one line {END}, around its result tables")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     note = "*Written by training/evaluate.py; changes by hand are lost.*"
-    body = f"{note}\n\n{about(result)}\n\n{markdown_tables(result)}"
     partial = path.with_name(path.name + ".tmp")
+    body = "\n\n".join([note, about(result), markdown_tables(result)])
     partial.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
     os.replace(partial, path)
 
@@ -224,87 +180,62 @@ def draw(result: dict, arrays: dict, folder: Path) -> list[tuple[Path, str]]:
         rows = [r for r in result["results"] if r["task"] == name and r["level"] != "frame"]
         if not rows:
             continue
-        metric = "macro-F1" if "macro-F1" in rows[0]["metrics"] else "Dice"
-        save(bars(rows, metric, task["title"]), f"{name}_bars", f"{task['title']}: {metric} with 95 % intervals")
+        title, metric = task["title"], "macro-F1" if "macro-F1" in rows[0]["metrics"] else "Dice"
+        save(bars(rows, metric, title), f"{name}_bars", f"{title}: {metric} with 95 % intervals")
+        if len({r["fraction"] for r in rows}) > 1:
+            save(label_curves(rows, metric, title), f"{name}_labels", f"{title}: {metric} by share of labels")
         if metric == "Dice":
             shown = {key: value for key, value in arrays.items() if key.startswith(f"overlay/{name}/")}
-            save(
-                overlays(shown),
-                f"{name}_overlays",
-                f"{task['title']}: reference (green), prediction of a model that has not seen the image (red)",
-            )
+            caption = f"{title}: reference (green), prediction of a model that has not seen the image (red)"
+            save(overlays(shown), f"{name}_overlays", caption)
             continue
         full = [r for r in rows if r["fraction"] == max(x["fraction"] for x in rows)]
-        save(confusions(full, task["classes"]), f"{name}_confusion", f"{task['title']}: confusion, row by row in %")
-        save(
-            roc(full, task["classes"], arrays, name),
-            f"{name}_roc",
-            f"{task['title']}: ROC, each class against the rest",
-        )
-        save(
-            embeddings(arrays, name, task["classes"]), f"{name}_tsne", f"{task['title']}: t-SNE of the frozen features"
-        )
-        if len({r["fraction"] for r in rows}) > 1:
-            save(label_curves(rows, task["title"]), f"{name}_labels", f"{task['title']}: macro-F1 by share of labels")
+        save(confusions(full, task["classes"]), f"{name}_confusion", f"{title}: confusion, each row in %")
+        roc_caption = f"{title}: ROC of {rows[0]['level']}s, each class against the rest"
+        save(roc(full, task["classes"], arrays), f"{name}_roc", roc_caption)
+        save(embeddings(arrays, name, task["classes"]), f"{name}_tsne", f"{title}: t-SNE of the frozen features")
     return drawn
 
 
-def _error(row: dict, metric: str) -> tuple[float, list[list[float]]]:
+def _errors(row: dict, metric: str) -> tuple[float, list[float]]:
     e = row["metrics"][metric]
-    return 100 * e["value"], [[100 * max(0, e["value"] - e["low"])], [100 * max(0, e["high"] - e["value"])]]
+    return 100 * e["value"], [100 * max(0, e["value"] - e["low"]), 100 * max(0, e["high"] - e["value"])]
 
 
 def bars(rows: list[dict], metric: str, title: str):
-    groups = list(dict.fromkeys((r["protocol"], r["fraction"]) for r in rows))
+    places = list(dict.fromkeys((r["protocol"], r["fraction"]) for r in rows))
     backbones = list(dict.fromkeys(r["backbone"] for r in rows))
-    figure, axis = plt.subplots(figsize=(max(5, 1.4 * len(groups) + 0.5 * len(backbones)), 3.6))
+    figure, axis = plt.subplots(figsize=(max(5, len(places) * (0.8 + 0.4 * len(backbones))), 3.6))
     width = 0.8 / len(backbones)
     for i, backbone in enumerate(backbones):
-        for r in (r for r in rows if r["backbone"] == backbone):
-            value, error = _error(r, metric)
-            axis.bar(
-                groups.index((r["protocol"], r["fraction"])) + (i - (len(backbones) - 1) / 2) * width,
-                value,
-                width * 0.92,
-                yerr=error,
-                capsize=3,
-                color=f"C{i}",
-            )
-        axis.bar(0, 0, color=f"C{i}", label=backbone)
-    axis.set_xticks(range(len(groups)), [f"{NAMES[p]}\n{f:.0%} of labels" for p, f in groups])
+        own = [r for r in rows if r["backbone"] == backbone]
+        x = [places.index((r["protocol"], r["fraction"])) + (i - (len(backbones) - 1) / 2) * width for r in own]
+        values, errors = zip(*(_errors(r, metric) for r in own))
+        axis.bar(x, values, width * 0.92, yerr=np.transpose(errors), capsize=3, color=f"C{i}", label=backbone)
+    axis.set_xticks(range(len(places)), [f"{NAMES[p]}\n{f:.0%} of labels" for p, f in places])
     axis.set(ylabel=f"{metric} (%)", ylim=(0, 100), title=title)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=8, frameon=False)
     return figure
 
 
-def label_curves(rows: list[dict], title: str):
-    figure, axis = plt.subplots(figsize=(5, 3.6))
+def label_curves(rows: list[dict], metric: str, title: str):
+    figure, axis = plt.subplots(figsize=(6, 4))
     for protocol, backbone in dict.fromkeys((r["protocol"], r["backbone"]) for r in rows):
-        line = sorted(
-            (r for r in rows if (r["protocol"], r["backbone"]) == (protocol, backbone)), key=lambda r: r["fraction"]
-        )
-        values = [_error(r, "macro-F1") for r in line]
-        axis.errorbar(
-            [100 * r["fraction"] for r in line],
-            [v for v, _ in values],
-            yerr=np.concatenate([e for _, e in values], axis=1),
-            capsize=3,
-            marker="o",
-            label=f"{backbone}, {NAMES[protocol]}",
-        )
-    axis.set(xlabel="labels (%)", ylabel="macro-F1 (%)", ylim=(0, 100), title=title)
+        line = [r for r in rows if (r["protocol"], r["backbone"]) == (protocol, backbone)]
+        line.sort(key=lambda r: r["fraction"])
+        values, errors = zip(*(_errors(r, metric) for r in line))
+        x, label = [100 * r["fraction"] for r in line], f"{backbone}, {NAMES[protocol]}"
+        axis.errorbar(x, values, yerr=np.transpose(errors), capsize=3, marker="o", label=label)
+    axis.set(xlabel="labels (%)", ylabel=f"{metric} (%)", ylim=(0, 100), title=title)
     axis.legend(fontsize=7)
     return figure
 
 
 def _grid(count: int, size: float = 3.0):
     columns = min(4, count)
+    lines = -(-count // columns)
     figure, axes = plt.subplots(
-        -(-count // columns),
-        columns,
-        squeeze=False,
-        figsize=(size * columns, size * -(-count // columns)),
-        layout="constrained",
+        lines, columns, squeeze=False, figsize=(size * columns, size * lines), layout="constrained"
     )
     for axis in axes.flat[count:]:
         axis.remove()
@@ -320,33 +251,26 @@ def confusions(rows: list[dict], classes: list[str]):
     for axis, row in zip(axes, rows):
         matrix = np.array(row["confusion"], float)
         matrix *= 100 / np.maximum(matrix.sum(1, keepdims=True), 1)
-        ConfusionMatrixDisplay(matrix, display_labels=classes).plot(
-            ax=axis,
-            colorbar=False,
-            cmap="Blues",
-            values_format=".0f",
-            im_kw={"vmin": 0, "vmax": 100},
-            xticks_rotation=30,
-        )
+        shown = ConfusionMatrixDisplay(matrix, display_labels=classes)
+        style = {"colorbar": False, "cmap": "Blues", "values_format": ".0f", "im_kw": {"vmin": 0, "vmax": 100}}
+        shown.plot(ax=axis, xticks_rotation=30, **style)
         axis.set_title(_caption(row), fontsize=9)
     return figure
 
 
-def roc(rows: list[dict], classes: list[str], arrays: dict, task: str):
-    figure, axes = _grid(len(rows))
+def roc(rows: list[dict], classes: list[str], arrays: dict):
+    figure, axes = _grid(len(rows), 3.6)
     for axis, row in zip(axes, rows):
-        prefix = f"scores/{task}/{row['backbone']}/{row['protocol']}/{row['fraction']:g}/"
-        scores = [value for key, value in arrays.items() if key.startswith(prefix)]
-        labels, scores = np.tile(arrays[f"labels/{task}"], len(scores)), np.concatenate(scores)
+        scores = arrays["/".join(["scores", row["task"], row["backbone"], row["protocol"], f"{row['fraction']:g}"])]
+        labels = np.resize(arrays[f"labels/{row['task']}"], len(scores))  # once a seed
         for i, name in enumerate(classes):
             if len(classes) > 2 or i == 1:
-                RocCurveDisplay.from_predictions(
-                    labels == i, scores[:, i], ax=axis, name=name, curve_kwargs={"color": f"C{i}"}
-                )
+                kwargs = {"name": name, "curve_kwargs": {"color": f"C{i}"}}
+                RocCurveDisplay.from_predictions(labels == i, scores[:, i], ax=axis, **kwargs)
         axis.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)
         axis.set_title(_caption(row), fontsize=9)
         axis.set(xlabel="false positive rate", ylabel="true positive rate")
-        axis.legend(fontsize=6, loc="lower right")
+        axis.legend(fontsize=7, loc="lower right")
     return figure
 
 
@@ -359,25 +283,24 @@ def embeddings(arrays: dict, task: str, classes: list[str]):
             axis.scatter(*points[arrays[f"labels/{task}"] == i].T, s=8, label=name, color=f"C{i}")
         axis.set_title(backbone, fontsize=9)
         axis.set(xticks=[], yticks=[])
-        axis.legend(fontsize=6)
+        axis.legend(fontsize=7)
     return figure
 
 
 def overlays(shown: dict[str, np.ndarray]):
     """One row a backbone and head: images with the outlines of reference and prediction."""
     columns = len(next(iter(shown.values())))
-    figure, axes = plt.subplots(
-        len(shown), columns, squeeze=False, figsize=(1.8 * columns, 2 * len(shown)), layout="constrained"
-    )
+    size = 1.8 * columns, 1.9 * len(shown)
+    figure, axes = plt.subplots(len(shown), columns, squeeze=False, figsize=size, layout="constrained")
     for line, (key, stack) in zip(axes, shown.items()):
+        backbone, head, fraction = key.split("/", 2)[2].rsplit("/", 2)
         for axis, (image, reference, predicted) in zip(line, stack):
-            axis.imshow(image, cmap="grey", vmin=0, vmax=255)
+            axis.imshow(image, cmap="gray", vmin=0, vmax=255)
             for mask, colour in ((reference, "lime"), (predicted, "red")):
-                if mask.any():
+                if mask.any() and not mask.all():
                     axis.contour(mask, [127], colors=colour, linewidths=1)
             axis.set(xticks=[], yticks=[])
-        _, _, backbone, head, _ = key.rsplit("/", 4) if key.count("/") == 4 else key.split("/", 4)
-        line[0].set_ylabel(f"{backbone}\n{NAMES[head]}", fontsize=7)
+        line[0].set_ylabel(f"{backbone}\n{NAMES[head]}, {float(fraction):.0%}", fontsize=7)
     return figure
 
 
@@ -386,7 +309,8 @@ def overlays(shown: dict[str, np.ndarray]):
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;font-size:13px;margin:1em 0;display:block;overflow-x:auto}
 td,th{border-bottom:1px solid #ddd;padding:3px 9px;text-align:left;white-space:nowrap}th{background:#f4f4f4}
-figure{margin:1.5em 0}img{max-width:100%}figcaption{color:#555;font-size:13px}code{background:#f4f4f4;word-break:break-all}"""
+figure{margin:1.5em 0}img{max-width:100%}figcaption{color:#555;font-size:13px}
+code{background:#f4f4f4;overflow-wrap:anywhere}"""
 
 
 def page(text: str, figures: list[tuple[Path, str]]) -> str:

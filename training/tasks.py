@@ -7,28 +7,37 @@ report prints both counts. A task of which too much is excluded does not run.
 import csv
 import hashlib
 import json
-import math
+import multiprocessing
 import os
 import re
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 
-from uscl_hub.media import IMAGE, VIDEO, Clip, UnreadableClip, decode, iter_frames
+from uscl_hub.checkpoints import sha256
+from uscl_hub.crop import apply_region, detect_region, sample
+from uscl_hub.media import IMAGE, VIDEO, Clip, UnreadableClip, decode
 from uscl_hub.preprocess import resize
 
 DUPLICATE = 0.94  # correlation of 32 px images; on BUSI few pairs lie between 0.93 and 0.96
 UNKNOWN_FPS = 25.0  # of a moving file that does not say
+NAMES = ("pocus", "busi", "busi3", "blues", "busi_seg")
+VERSION = 1  # of everything that decides cached numbers: decoding, protocols, training
 
 
-class TaskError(Exception):
-    """A data set that cannot be evaluated as it is: the message names the files and says what to do."""
+class EvaluationError(Exception):
+    """Something that the user can mend: the message names it and says what to do."""
+
+
+class TaskError(EvaluationError):
+    """A data set that cannot be evaluated as it is."""
 
 
 @dataclass(frozen=True)
@@ -73,44 +82,41 @@ class Task:
 
 
 def load_task(name: str, data: Path, blues: Path) -> Task:
-    """One of pocus, busi, busi3, blues, busi_seg. data: the folder with pocus_lung and busi; blues: covid_blues."""
+    """One of NAMES. data: the folder with pocus_lung and busi; blues: the folder covid_blues. Raises TaskError."""
+    if name not in NAMES:
+        raise TaskError(f"no task {name!r}: choose from {', '.join(NAMES)}")
     if name == "pocus":
         return pocus(Path(data) / "pocus_lung")
-    if name == "blues":
-        return covid_blues(Path(blues))
-    if name == "busi":
-        return busi(Path(data) / "busi", ("benign", "malignant"))
-    if name == "busi3":
-        return busi(Path(data) / "busi", ("benign", "malignant", "normal"))
-    if name == "busi_seg":
-        return busi(Path(data) / "busi", ("benign", "malignant"), masks=True)
-    raise TaskError(f"no task {name!r}: choose from pocus, busi, busi3, blues, busi_seg")
+    return covid_blues(Path(blues)) if name == "blues" else busi(Path(data) / "busi", name)
 
 
 # ------------------------------------------------------------------------------------------------- the data sets
 
 
 def pocus(root: Path) -> Task:
-    """POCUS lung (Born et al. 2021): videos and images, 3 classes, grouped by patient, else by source."""
+    """POCUS lung (Born et al. 2021): videos and images, 3 classes, grouped by patient, else by source.
+
+    The label is the folder, and the same in file_index.csv.
+    """
     classes, left_out = ("covid", "pneumonia", "regular"), ("viral", "uncertain")
     index = root / "file_index.csv"
-    rows = _read_csv(index, ("path", "label", "patient_id", "source_id"))
-    by_tail, by_name = {}, defaultdict(list)
-    for row in rows:
+    by_tail, by_stem = {}, defaultdict(list)
+    for row in _read_csv(index, ("path", "label", "patient_id", "source_id")):
         by_tail["/".join(row["path"].split("/")[-4:]).lower()] = row
-        by_name[Path(row["path"]).stem.lower()].append(row)
-    items, excluded, skipped, kinds = [], [], Counter(), Counter()
+        by_stem[Path(row["path"]).stem.lower()].append(row)
+    items, excluded, skipped, used = [], [], Counter(), set()
     for path in _files(root, VIDEO | IMAGE):
         name, folder = _id(path, root), path.parent.name
         row = by_tail.get("/".join(path.parts[-4:]).lower())
-        if row is None:  # same name in another place: the label must still agree
-            same = by_name[path.stem.lower()]
-            row = same[0] if len(same) == 1 else None
-        if row is None:
-            if folder not in left_out:
-                excluded.append((name, f"not in {index.name}: label and patient unknown; add a row for it"))
-        elif row["label"] in left_out and folder == row["label"]:
+        same = by_stem[path.stem.lower()]
+        if row is None and len(same) == 1:  # listed under another folder or extension: the label must still agree
+            row = same[0]
+        if row is not None:
+            used.add(row["path"])
+        if folder in left_out and (row is None or row["label"] == folder):
             skipped[folder] += 1
+        elif row is None:
+            excluded.append((name, f"not in {index.name}: label and patient unknown; add a row for it"))
         elif row["label"] != folder:
             excluded.append((name, f"two labels: its folder says {folder}, {index.name} says {row['label']}"))
         elif folder not in classes:
@@ -118,116 +124,98 @@ def pocus(root: Path) -> Task:
         elif not (row["patient_id"] or row["source_id"]):
             excluded.append((name, f"{index.name} gives neither patient_id nor source_id: its group is unknown"))
         else:
-            patient, source = row["patient_id"], row["source_id"]
-            group = f"pocus_lung/patient_{patient}" if patient else f"pocus_lung/source_{source}"
+            group = f"patient_{row['patient_id']}" if row["patient_id"] else f"source_{row['source_id']}"
             kind = "video" if path.suffix.lower() in VIDEO else "image"
-            kinds[kind] += 1
-            items.append(Item(name, path, kind, folder, group))
+            items.append(Item(name, path, kind, folder, f"{root.name}/{group}"))
+    kinds = Counter(item.kind for item in items)
     notes = [f"{kinds['video']} videos and {kinds['image']} images; the group is patient_id, else source_id"]
-    if skipped:
-        notes.append(
-            "left out by definition of the task: " + ", ".join(f"{n} {label}" for label, n in sorted(skipped.items()))
-        )
-    task = Task("pocus", "POCUS lung", classes, items, excluded, notes)
-    return _same_file_in_one_group(task)
+    notes += [f"left out by definition of the task: {n} {label}" for label, n in sorted(skipped.items())]
+    if absent := sum(row["label"] in classes and row["path"] not in used for row in by_tail.values()):
+        notes.append(f"{absent} rows of {index.name} have no file here (not all may be redistributed)")
+    return _same_file_in_one_group(Task("pocus", "POCUS lung", classes, items, excluded, notes))
 
 
 def covid_blues(root: Path) -> Task:
     """COVID-BLUES (Wiedemann et al. 2025): severity score >= 2 against < 2 of a clip, grouped by patient."""
-    scores = {}
-    table = root / "severity.csv"
+    table, scores = root / "severity.csv", defaultdict(set)
     for row in _read_csv(table, ("video_file", "Severity Score")):
-        stem = row["video_file"].removesuffix(".mp4")
-        if scores.setdefault(stem, row["Severity Score"]) != row["Severity Score"]:
-            scores[stem] = "two scores"
-    files = {path.stem: path for path in _files(root, VIDEO)}
-    items, excluded = [], []
-    for stem in sorted(scores.keys() | files.keys()):
-        name = _id(files[stem], root) if stem in files else f"{root.name}/{stem}"
-        patient = re.match(r"(patient_\d+)", stem)
-        if stem not in files:
-            excluded.append((name, f"scored in {table.name}, but there is no video of that name"))
-        elif stem not in scores or scores[stem] == "":
+        scores[row["video_file"].removesuffix(".mp4")].add(row["Severity Score"])
+    items, excluded, files = [], [], _files(root, VIDEO)
+    for path in files:
+        name, patient, given = _id(path, root), re.match(r"patient_\d+", path.stem), scores[path.stem]
+        if not given - {""}:
             excluded.append((name, f"no severity score in {table.name}"))
-        elif scores[stem] == "two scores":
-            excluded.append((name, f"two labels: two different scores in {table.name}"))
+        elif len(given) > 1:
+            excluded.append((name, f"two labels: the scores {' and '.join(sorted(given))} in {table.name}"))
+        elif not re.fullmatch(r"[0-3](\.\d*)?", *given):
+            excluded.append((name, f"the score {''.join(given)!r} in {table.name} is not a number from 0 to 3"))
         elif patient is None:
             excluded.append((name, "its name does not begin with patient_N: the patient is unknown"))
         else:
-            label = "score >= 2" if float(scores[stem]) >= 2 else "score < 2"
-            items.append(Item(name, files[stem], "video", label, f"covid_blues/{patient[1]}", aliases=(patient[1],)))
-    return Task(
-        "blues", "COVID-BLUES severity", ("score < 2", "score >= 2"), items, excluded, ["the group is the patient"]
-    )
+            label = "score >= 2" if float(*given) >= 2 else "score < 2"
+            items.append(Item(name, path, "video", label, f"{root.name}/{patient[0]}", aliases=(patient[0],)))
+    for stem in sorted(scores.keys() - {path.stem for path in files}):
+        excluded.append((f"{root.name}/{stem}", f"scored in {table.name}, but there is no video of that name"))
+    classes, notes = ("score < 2", "score >= 2"), ["the group is the patient"]
+    return _same_file_in_one_group(Task("blues", "COVID-BLUES severity", classes, items, excluded, notes))
 
 
-def busi(root: Path, classes: tuple[str, ...], masks: bool = False) -> Task:
-    """BUSI breast images (Al-Dhabyani et al. 2020), grouped by near-duplicate cluster over all classes.
+def busi(root: Path, name: str = "busi") -> Task:
+    """BUSI breast images (Al-Dhabyani et al. 2020), grouped by near-duplicate cluster over all three classes.
 
-    masks: the segmentation task, for which an image without its mask is excluded.
+    name: 'busi' (benign, malignant), 'busi3' (and normal), or 'busi_seg', where an image without its mask is excluded.
     """
-    found, mask_files = {}, defaultdict(list)
+    title, classes = {
+        "busi": ("BUSI benign / malignant", ("benign", "malignant")),
+        "busi3": ("BUSI 3 classes", ("benign", "malignant", "normal")),
+        "busi_seg": ("BUSI lesion segmentation", ("benign", "malignant")),
+    }[name]
+    images, paths, label_of, masks, excluded = {}, {}, {}, defaultdict(list), []
     for label in ("benign", "malignant", "normal"):
-        if not (root / label).is_dir():
-            raise TaskError(f"{root / label}: no such folder; BUSI has benign, malignant and normal")
         for path in _files(root / label, IMAGE):
-            match = re.fullmatch(r"(.*)_mask(_\d+)?", path.stem)
-            if match:
-                mask_files[label, match[1]].append(path)
-            else:
-                found[_id(path, root)] = (path, label)
-    excluded, images = [], {}
-    for name, (path, _) in found.items():
-        try:
-            images[name] = decode(Clip(name, root.name, "image", (path,)))[0][0]
-        except UnreadableClip as error:
-            excluded.append((name, f"unreadable: {error.reason}"))
-    names = list(images)
-    clusters = near_duplicates(list(images.values()))
-    labels_of_pixels, labels_of_cluster = defaultdict(set), defaultdict(set)
-    pixels = {
-        name: hashlib.sha256(image.tobytes() + repr(image.shape).encode()).hexdigest() for name, image in images.items()
-    }
-    for name, cluster in zip(names, clusters):
-        labels_of_pixels[pixels[name]].add(found[name][1])
-        labels_of_cluster[cluster].add(found[name][1])
-    items = []
-    for name, cluster in zip(names, clusters):
-        path, label = found[name]
-        same = [other for other in names if pixels[other] == pixels[name] and found[other][1] != label]
-        own_masks = tuple(sorted(mask_files[label, path.stem], key=lambda p: (len(p.name), p.name)))
-        if same:
-            excluded.append((name, f"two labels on the same image: {label} here, {found[same[0]][1]} as {same[0]}"))
-        elif masks and label in classes and not own_masks:
-            excluded.append((name, f"image without its mask: no {path.stem}_mask beside it"))
+            if match := re.fullmatch(r"(.*)_mask(_\d+)?", path.stem):
+                masks[label, match[1]].append(path)
+                continue
+            key = _id(path, root)
+            try:
+                images[key] = decode(Clip(key, root.name, "image", (path,)))[0][0]
+                paths[key], label_of[key] = path, label
+            except UnreadableClip as error:
+                if label in classes:
+                    excluded.append((key, f"unreadable: {error.reason}"))
+    keys, labels_of_pixels = list(images), defaultdict(dict)
+    for key, image in images.items():
+        labels_of_pixels[image.shape, image.tobytes()].setdefault(label_of[key], key)
+    items, clusters = [], near_duplicates(list(images.values()))
+    for key, cluster in zip(keys, clusters):
+        label, image = label_of[key], images[key]
+        twins = [twin for other, twin in labels_of_pixels[image.shape, image.tobytes()].items() if other != label]
+        own = masks[label, paths[key].stem]
+        if label not in classes:
+            continue
+        if twins:
+            excluded.append((key, f"two labels on the same image: {label} here, {label_of[twins[0]]} as {twins[0]}"))
+        elif name == "busi_seg" and not own:
+            excluded.append((key, f"image without its mask: there is no {paths[key].stem}_mask beside it"))
         else:
-            items.append(Item(name, path, "image", label, f"busi/{names[cluster]}", own_masks if masks else ()))
-    mixed = [
-        sorted(n for n, c in zip(names, clusters) if c == cluster)
-        for cluster, labels in sorted(labels_of_cluster.items())
-        if len(labels) > 1 and len({pixels[n] for n, c in zip(names, clusters) if c == cluster}) > 1
-    ]
-    items = [item for item in items if item.label in classes]
-    excluded = [(name, reason) for name, reason in excluded if found[name][1] in classes]
+            own = tuple(sorted(own)) if name == "busi_seg" else ()
+            items.append(Item(key, paths[key], "image", label, f"{root.name}/{keys[cluster]}", own))
     notes = [
-        f"{len(set(clusters))} near-duplicate clusters among {len(names)} images (correlation of the 32 px "
-        f"images above {DUPLICATE}); a cluster stays in one fold"
+        f"{len(set(clusters))} near-duplicate clusters among all {len(keys)} images (correlation of the 32 px images "
+        f"above {DUPLICATE}); a cluster stays in one fold"
     ]
-    if mixed:
-        notes.append(
-            "near-duplicates (not identical) with different labels, kept, in one fold: "
-            + "; ".join(" = ".join(n.rsplit("/", 1)[-1] for n in names) for names in mixed)
-        )
-    if masks:
-        notes.append(
-            f"{sum(len(item.masks) > 1 for item in items)} images have several lesions: their masks are merged"
-        )
-        title = "BUSI lesion segmentation"
-    else:
-        title = "BUSI " + ("benign / malignant" if len(classes) == 2 else f"{len(classes)} classes")
-    return Task(
-        "busi_seg" if masks else "busi" if len(classes) == 2 else "busi3", title, classes, items, excluded, notes
-    )
+    members = defaultdict(list)
+    for item in items:
+        members[item.group].append(item)
+    if mixed := [m for m in members.values() if len({item.label for item in m}) > 1]:
+        named = "; ".join(" = ".join(item.path.name for item in m) for m in mixed)
+        notes.append(f"near-duplicates, not identical, with different labels, kept, in one fold: {named}")
+    if several := sum(len(item.masks) > 1 for item in items):
+        notes.append(f"{several} images have several lesions: their masks are merged")
+    with_image = {(label_of[key], paths[key].stem) for key in keys}
+    if orphans := sorted(path.name for key, files in masks.items() if key not in with_image for path in files):
+        notes.append(f"masks without a readable image: {', '.join(orphans)}")
+    return Task(name, title, classes, items, excluded, notes)
 
 
 def near_duplicates(images: list[np.ndarray], threshold: float = DUPLICATE) -> np.ndarray:
@@ -249,24 +237,28 @@ def near_duplicates(images: list[np.ndarray], threshold: float = DUPLICATE) -> n
 
 def _same_file_in_one_group(task: Task) -> Task:
     """Identical bytes: with two labels they are excluded; with one, their groups become one."""
-    same = defaultdict(list)
+    same, joined, bad = defaultdict(list), {}, {}
     for item in task.items:
         same[sha256(item.path)].append(item)
-    rename, bad = {}, {}
-    for copies in same.values():
-        if len({item.label for item in copies}) > 1:
-            text = ", ".join(f"{item.id} ({item.label})" for item in copies)
-            bad.update({item.id: f"two labels on the same file: {text}" for item in copies})
-        for item in copies[1:]:
-            rename[item.group] = copies[0].group
-            task.notes.append(f"{item.id} and {copies[0].id} are the same file: their groups are joined")
-    items = [
-        item
-        if item.group not in rename
-        else Item(**{**item.__dict__, "group": rename[item.group], "aliases": item.aliases + (item.group,)})
+
+    def root(group):
+        while group in joined:
+            group = joined[group]
+        return group
+
+    for first, *copies in same.values():
+        if len({item.label for item in (first, *copies)}) > 1:
+            text = ", ".join(f"{item.id} ({item.label})" for item in (first, *copies))
+            bad |= dict.fromkeys((item.id for item in (first, *copies)), f"two labels on the same file: {text}")
+        for item in copies:
+            task.notes.append(f"{item.id} and {first.id} are the same file: their groups are joined")
+            if root(item.group) != root(first.group):
+                joined[root(item.group)] = root(first.group)
+    task.items = [
+        replace(item, group=root(item.group), aliases=(*item.aliases, item.group))
         for item in task.items
+        if item.id not in bad
     ]
-    task.items = [item for item in items if item.id not in bad]
     task.excluded += sorted(bad.items())
     return task
 
@@ -279,11 +271,7 @@ def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict]:
         missing = set(columns) - set(reader.fieldnames or ())
         if missing:
             raise TaskError(f"{path}: no column {', '.join(sorted(missing))}")
-        return [
-            {key: (value or "").strip() for key, value in row.items() if key is not None and isinstance(value, str)}
-            | {key: (row[key] or "").strip() for key in columns}
-            for row in reader
-        ]
+        return [{key: (row[key] or "").strip() for key in columns} for row in reader]
 
 
 def _files(root: Path, extensions: set[str]) -> list[Path]:
@@ -300,21 +288,12 @@ def _id(path: Path, root: Path) -> str:
     return f"{root.name}/{path.relative_to(root).as_posix()}"
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
-
-
 # ----------------------------------------------------------------------------------------------------- frames
 
 
 @dataclass
 class Frames:
-    """images: uint8 (N, px, px); item: int (N,), the index of each frame's item in the task. key: what they depend on."""
+    """images: uint8 (N, px, px); item: int (N,), each frame's index into task.items. key: of all they depend on."""
 
     images: np.ndarray
     item: np.ndarray
@@ -327,45 +306,54 @@ def load_frames(
     cache: Path,
     rate: float = 3.0,
     crop: str = "none",
-    workers: int | None = None,
+    workers: int = 0,
     max_excluded: float = 0.05,
 ) -> Frames:
     """Decode every item once, at about `rate` frames per second, to px squares; later calls read the cache.
 
-    crop: 'none', or 'crop' / 'blank' for the detected moving region (uscl_hub/crop.py). Items that cannot be decoded
-    are moved from task.items to task.excluded with the reason. Raises TaskError if more than the share
-    `max_excluded` of all found items is excluded by then.
+    crop: 'none', or 'crop' / 'blank' for the detected moving region (uscl_hub/crop.py). workers: processes, 0: one a
+    core. Items that cannot be decoded are moved from task.items to task.excluded with the reason. Raises TaskError if
+    more than the share `max_excluded` of all found items is excluded by then.
     """
-    described = [task.name, px, rate, crop, [(item.id, sha256(item.path)) for item in task.items]]
-    key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:20]
-    file = Path(cache) / f"frames-{task.name}-{px}px-{key}.npz"
-    if not file.exists():
-        jobs = [(item, px, rate, crop) for item in task.items]
-        # spawned, because forking a process that has used torch's threads can hang
-        import multiprocessing
 
-        with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+    def decode_all():
+        jobs = [(item, px, rate, crop) for item in task.items]
+        context = multiprocessing.get_context("spawn")  # forking a process that has used torch's threads can hang
+        with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
             decoded = list(pool.map(_decode, jobs, chunksize=max(1, len(jobs) // 64)))
-        images = [d for d in decoded if isinstance(d, np.ndarray)]
-        reasons = [d if isinstance(d, str) else "" for d in decoded]
-        item = np.repeat(np.arange(len(decoded)), [len(d) if isinstance(d, np.ndarray) else 0 for d in decoded])
+        return {
+            "images": np.concatenate([np.zeros((0, px, px), np.uint8), *(frames for frames, _ in decoded)]),
+            "item": np.repeat(np.arange(len(decoded)), [len(frames) for frames, _ in decoded]),
+            "reasons": np.array([reason for _, reason in decoded]),
+        }
+
+    described = ["frames", px, rate, crop, [(item.id, sha256(item.path)) for item in task.items]]
+    saved = cached(cache, described, decode_all)
+    unreadable = np.flatnonzero(saved["reasons"] != "")
+    task.excluded += [(task.items[i].id, f"unreadable: {saved['reasons'][i]}") for i in unreadable]
+    kept = np.setdiff1d(np.arange(len(task.items)), unreadable)
+    task.items = [task.items[i] for i in kept]
+    check_excluded(task, max_excluded)
+    return Frames(saved["images"], np.searchsorted(kept, saved["item"]), digest(described))
+
+
+def digest(described) -> str:
+    """20 hex digits of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:20]
+
+
+def cached(folder: Path, described: list, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays of make(), kept in `folder` by what they depend on. described: JSON values, the first one its kind."""
+    file = Path(folder) / f"{described[0]}-{digest([VERSION, *described])}.npz"
+    if not file.exists():
+        arrays = make()
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.tmp")
         with open(partial, "wb") as out:
-            np.savez(
-                out,
-                images=np.concatenate(images) if images else np.zeros((0, px, px), np.uint8),
-                item=item,
-                reasons=np.array(reasons),
-            )
+            np.savez(out, **arrays)
         os.replace(partial, file)
     with np.load(file) as saved:
-        images, item, reasons = saved["images"], saved["item"], saved["reasons"].tolist()
-    kept = [i for i, reason in enumerate(reasons) if not reason]
-    task.excluded += [(task.items[i].id, f"unreadable: {reason}") for i, reason in enumerate(reasons) if reason]
-    task.items = [task.items[i] for i in kept]
-    check_excluded(task, max_excluded)
-    return Frames(images, np.searchsorted(kept, item), key)
+        return dict(saved)
 
 
 def check_excluded(task: Task, max_excluded: float):
@@ -377,26 +365,22 @@ def check_excluded(task: Task, max_excluded: float):
         )
 
 
-def _decode(job) -> np.ndarray | str:
+def _decode(job) -> tuple[np.ndarray, str]:
+    """Frames, uint8 (T, px, px), and the reason why there are none. The region is found as in training and `embed`."""
     item, px, rate, crop = job
-    clip = Clip(item.id, "", item.kind, (item.path,))
     try:
-        if crop == "none":
-            return np.stack([resize(frame, px) for frame in _sampled(clip, rate)])
-        from uscl_hub.crop import apply_region, detect_region
-
-        frames = np.stack(list(_sampled(clip, rate)))
-        return np.stack([resize(frame, px) for frame in apply_region(frames, detect_region(frames), crop)])
+        frames, fps = decode(Clip(item.id, "", item.kind, (item.path,)))
     except UnreadableClip as error:
-        return error.reason
+        return np.zeros((0, px, px), np.uint8), error.reason
+    if crop != "none":
+        frames = apply_region(frames, detect_region(sample(frames)), crop)
+    return np.stack([resize(np.ascontiguousarray(frames[i]), px) for i in frame_numbers(len(frames), fps, rate)]), ""
 
 
-def _sampled(clip: Clip, rate: float):
-    """The frames of a clip nearest after every 1 / rate seconds, the first one always."""
-    for i, (frame, fps) in enumerate(iter_frames(clip)):
-        fps = max(fps or UNKNOWN_FPS, rate)
-        if i == 0 or math.floor(i * rate / fps) > math.floor((i - 1) * rate / fps):
-            yield frame
+def frame_numbers(frames: int, fps: float | None, rate: float) -> np.ndarray:
+    """Which frames of a clip are taken, int: the first one at or after every 1 / rate seconds, each once."""
+    step = max(1.0, (fps or UNKNOWN_FPS) / rate)
+    return np.ceil(np.arange(0, frames, step) - 1e-9).astype(int).clip(max=frames - 1)
 
 
 # ------------------------------------------------------------------------------------------------------ folds
