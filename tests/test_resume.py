@@ -64,27 +64,27 @@ def whole(tiny, tmp_path):
     return tmp_path / "whole"
 
 
-def stop_at(step, monkeypatch):
-    """This process gets a SIGTERM in the middle of the training."""
+def stop_at(step, monkeypatch, number=signal.SIGTERM):
+    """This process gets a signal in the middle of the training."""
     log_step = run.Log.step
 
-    def log_and_stop(self, number, *args):
-        log_step(self, number, *args)
-        if number == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def log_and_stop(self, at, *args):
+        log_step(self, at, *args)
+        if at == step:
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(run.Log, "step", log_and_stop)
     return lambda: monkeypatch.setattr(run.Log, "step", log_step)
 
 
-@pytest.mark.parametrize("step", [1, 4, 6])  # 3 steps are an epoch
-def test_sigterm_then_resume_equals_an_uninterrupted_run(tiny, tmp_path, monkeypatch, capsys, whole, step):
-    config = tiny(optim=STEPS)
-    go_on = stop_at(step, monkeypatch)
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("step, number", [(1, signal.SIGTERM), (4, signal.SIGINT), (6, signal.SIGTERM)])
+def test_signal_then_resume_equals_an_uninterrupted_run(tiny, tmp_path, monkeypatch, capsys, whole, step, number):
+    config = tiny(optim=STEPS)  # 3 steps are an epoch
+    go_on = stop_at(step, monkeypatch, number)
+    before = signal.getsignal(number)
     assert run.main(config) is None  # status 0
     assert f"stopped by a signal at step {step} of 8; go on with --resume True" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
     assert not (tmp_path / "run" / "export").exists()
     go_on()
     run.main(replace(config, resume=True))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import runpy
 import sys
@@ -22,6 +23,7 @@ from training import data, run
 from training.simulate import KINDS, simulate_clip, write_video
 
 ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("USCL_DATA", ROOT.parent / "shared" / "data"))
 SECRET = "MUELLER"  # in the folder names and DICOM tags; no export may have it
 
 
@@ -201,6 +203,21 @@ def test_the_demo_needs_no_data(tiny, tmp_path, monkeypatch, capsys):
     assert "simulating" in said and "60 clips of 3 groups" in said and "labels of held-out groups" in said
     provenance = json.loads((tmp_path / "demo" / "export" / "config.json").read_text())["uscl_hub"]
     assert {s["licence"] for s in provenance["sources"]} == {"simulated"}
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data")
+def test_real_clips(tiny, tmp_path, capsys):
+    films = sorted(
+        (DATA / "pretrain" / "covid_blues" / "lus_videos").glob("*.mp4"), key=lambda path: path.stat().st_size
+    )
+    scans = sorted((DATA / "pretrain" / "ocular_itkpocus").glob("*.dcm"))
+    roots = tuple(str(path) for path in films[:10] + scans)
+    preset = configs.load(configs.Config, run.DEMO.with_name("open_data.yaml")).data
+    settings = {"roots": roots, "group": preset.group, "cache": str(tmp_path / "cache"), "max_frames": 8}
+    run.main(tiny(data=settings, optim={"steps": 2, "batch": 2}))
+    assert "12 clips of" in capsys.readouterr().out
+    report = json.loads(next((tmp_path / "cache").glob("*/report.json")).read_text())
+    assert report["unreadable"] == [] and report["frames"] > 12
 
 
 def test_single_images_of_one_source(tiny, tmp_path, capsys):

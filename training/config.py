@@ -26,7 +26,7 @@ class Data:
     sheets: bool = False
     """Write before/after sheets of the cropping as PNG, beside the cache."""
     max_frames: int = 400
-    """Frames kept of a clip, evenly spaced in time."""
+    """Frames kept of a clip: its first ones."""
     min_clips: int = 8
     """Fewer readable clips than this end the run."""
     workers: int = 0
