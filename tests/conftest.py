@@ -42,3 +42,18 @@ def tiny(demo, tmp_path):
         return replace(base, **groups)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tmp_path_factory):
+    """Folder of a very small network (timm's test_resnet, 32 px): quick to load and to run."""
+    import timm
+    import torch
+
+    from uscl_hub import checkpoints, models
+
+    torch.manual_seed(0)
+    state = timm.create_model("test_resnet", num_classes=0).state_dict()
+    cfg = models.make_cfg(32, first_conv="conv1.0")
+    config = {"architecture": "test_resnet", "num_classes": 0, "pretrained_cfg": cfg, "uscl_hub": {"method": "test"}}
+    return checkpoints.save_folder(tmp_path_factory.mktemp("tiny") / "export", state, config, "# card\n")

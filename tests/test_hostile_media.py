@@ -1,20 +1,34 @@
 """Broken, renamed and hostile files: a clear reason for each, everything else processed, nothing of a patient's name
 anywhere."""
 
+import io
 import json
 import os
+import pickle
 import struct
 import zlib
+from pathlib import Path
 
+import av
 import numpy as np
+import pyarrow.parquet as pq
+import pydicom
 import pytest
+import torch
 from PIL import Image
 from test_media import dicom, movie, one, write
 
+import uscl_hub
+from training import backbones, probe, protocols, tasks
 from training.cache import CacheError, ingest
 from training.simulate import simulate_clip, write_video
 from uscl_hub import media
+from uscl_hub.cli import main
+from uscl_hub.clips import read_clip
+from uscl_hub.embed import embed
 from uscl_hub.media import Clip, UnreadableClip, decode, find_clips
+
+SIZE = 32
 
 
 def reason(path):
@@ -186,32 +200,122 @@ def test_vanished_and_forbidden(tmp_path):
     assert find_clips([tmp_path]) == []
 
 
-def test_ingest_goes_on_and_no_name_is_written(tmp_path, capfd):
-    data = tmp_path / "data"
-    data.mkdir()
-    write_video(data / "good.mp4", simulate_clip("lung", 5, 48, seed=0))
-    dicom(
-        data / "good.dcm",
-        movie(),
-        PatientBirthDate="19700101",
-        InstitutionName="PLANTED HOSPITAL",
-        ImageComments="PLANTED COMMENT",
-    )
-    whole = (data / "good.dcm").read_bytes()
-    (data / "cut.dcm").write_bytes(whole[: len(whole) // 2])
-    (data / "cut2.dcm").write_bytes(whole[:300])
-    (data / "odd.dcm").write_bytes(whole.replace(b"MONOCHROME2", b"PLANTED\xffPHO"))
-    png_header(data / "bomb.png", 50000, 50000)
-    (data / "empty.gif").write_bytes(b"")
-    cache = ingest([data], tmp_path / "out", size=32, workers=1, sheets=True)
-    assert cache.ids == ["data/good.dcm", "data/good.mp4"]
-    written = json.loads((cache.path / "report.json").read_text())
-    assert len(written["unreadable"]) == 5
-    for path in (tmp_path / "out").rglob("*"):
-        assert not path.name.endswith(".part")
-        if path.is_file():
-            assert b"PLANTED" not in path.read_bytes() and b"19700101" not in path.read_bytes(), path
-    assert "PLANTED" not in "".join(capfd.readouterr())
+def video(path, sizes, codec="mpeg2video", pix_fmt="yuv420p", format=None):
+    """A stream of pieces of different sizes (height, width), three frames each, one after the other."""
+    content = b""
+    for height, width in sizes:
+        buffer = io.BytesIO()
+        with av.open(buffer, "w", format=format or codec) as container:
+            stream = container.add_stream(codec, rate=20)
+            stream.height, stream.width, stream.pix_fmt = height, width, pix_fmt
+            for grey in movie(3, height, width):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, "gray")))
+            container.mux(stream.encode(None))
+        content += buffer.getvalue()
+    path.write_bytes(content)
+    return path
+
+
+def zoo(root):
+    """Files of every kind that users bring and attackers make, into root -> names of those that hold a picture."""
+    root.mkdir()
+    grey = Image.fromarray(movie(1)[0])
+    # good, if odd
+    Image.fromarray(movie(1)[0].astype(np.uint16) * 257).save(root / "deep.png")
+    video(root / "odd.avi", [(47, 63)], "mjpeg", "yuvj420p", "avi")
+    Image.fromarray(movie(1, 47, 63)[0]).convert("RGB").save(root / "odd.jpg", subsampling="4:2:0")
+    for mode, name in (("RGBA", "rgba.png"), ("P", "palette.png"), ("CMYK", "cmyk.jpg"), ("1", "bits.png")):
+        (grey.quantize(64) if mode == "P" else grey.convert("RGB").convert(mode)).save(root / name)
+    Image.new("P", (40, 30), 1).save(root / "sizes.gif", save_all=True, append_images=[Image.new("P", (20, 10), 2)])
+    video(root / "sizes.mpeg", [(48, 64), (80, 96)])
+    dicom(root / "scan.dcm", movie(3))
+    good = {path.name for path in root.iterdir()}
+    # bad
+    whole = write(root / "truncated.mp4", movie(), "mpeg4").read_bytes()
+    (root / "truncated.mp4").write_bytes(whole[:-300])
+    (root / "renamed.png").write_bytes(whole)
+    (root / "renamed.dcm").write_bytes(whole)
+    for name in ("empty.mp4", "empty.png", "empty.dcm"):
+        (root / name).touch()
+    with av.open(str(root / "zero.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=20)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        container.start_encoding()
+    dicom(root / "zero.dcm", movie(1)[:0])
+    Image.new("L", (1, 1)).save(root / "one.png")
+    Image.new("L", (8000, 6000)).save(root / "huge.png")
+    png_header(root / "bomb.png", 60000, 60000)
+    video(root / "grows.mpeg", [(48, 64), (4200, 4000)])
+    Image.fromarray(np.full((20, 20), np.nan, np.float32)).save(root / "nan.tif")
+    (root / "pickle.png").write_bytes(pickle.dumps({"a": 1}))
+    return good
+
+
+def test_everything_else_is_processed(tmp_path, tiny_export, capsys):
+    """Ingest and `uscl-hub embed` on the whole zoo: the good ones are there, each of the others is named."""
+    good = zoo(tmp_path / "zoo")
+    bad = {path.name for path in (tmp_path / "zoo").iterdir()} - good
+    cache = ingest([tmp_path / "zoo"], tmp_path / "cache", size=SIZE, workers=0, progress=False)
+    assert {Path(name).name for name in cache.ids} == good and len(bad) == 14
+    report = json.loads((cache.path / "report.json").read_text())
+    assert {Path(entry["id"]).name for entry in report["unreadable"]} == bad
+    assert {Path(n["id"]).name: n["note"] for n in report["notes"]} == {
+        "sizes.mpeg": "frames differ in size: resized to the first, 64 x 48"
+    }
+
+    command = ["embed", tmp_path / "zoo", "-o", tmp_path / "f.parquet", "--checkpoint", tiny_export]
+    assert main([*map(str, command), "--name", "test_resnet", "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert {Path(entry["path"]).name for entry in out["failed"]} == bad
+    assert {(e["reason"]) for e in out["failed"]} == {e["reason"] for e in report["unreadable"]}
+    assert [Path(n["clip"]).name for n in out["notes"]] == ["sizes.mpeg"]
+    rows = pq.read_table(tmp_path / "f.parquet").to_pylist()
+    assert {Path(row["clip"]).name for row in rows} == good
+
+    for name in good:
+        (tmp_path / "zoo" / name).unlink()
+    with pytest.raises(CacheError, match="0 readable clips"):
+        ingest([tmp_path / "zoo"], tmp_path / "none", size=SIZE, workers=0, progress=False)
+    command[3] = tmp_path / "g.parquet"
+    assert main([*map(str, command), "--name", "test_resnet"]) == 1
+    message = capsys.readouterr().err
+    assert "nothing could be read" in message and "Traceback" not in message
+    assert not (tmp_path / "g.parquet").exists() and not list(tmp_path.glob("g*"))
+
+
+def test_a_deflated_dicom_bomb(tmp_path, monkeypatch):
+    dicom(tmp_path / "a.dcm", movie())
+    data = pydicom.dcmread(tmp_path / "a.dcm")
+    data.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    data.save_as(tmp_path / "a.dcm")
+    assert np.array_equal(decode(one(tmp_path / "a.dcm"))[0], movie())
+    data.PixelData = bytes(1 << 27)
+    data.save_as(tmp_path / "b.dcm")
+    assert (tmp_path / "b.dcm").stat().st_size < 1 << 18
+    monkeypatch.setattr(media, "MAX_BYTES", 1 << 26)
+    assert "inflates to more than" in reason(tmp_path / "b.dcm")
+
+
+@pytest.mark.parametrize("crop", ["crop", "none"])
+def test_one_preprocessing_for_training_evaluation_and_deployment(tmp_path, tiny_export, crop):
+    """The same clip through ingest, through evaluation's frames and through `embed`: not one bit differs."""
+    write_video(tmp_path / "data" / "clip.mp4", simulate_clip("lung", 9, 64, seed=3))
+    trained = ingest([tmp_path / "data"], tmp_path, size=SIZE, crop=crop, workers=0, progress=False).clip(0)
+    (clip,) = find_clips([tmp_path / "data"])
+    item = tasks.Item("clip", clip.files[0], "video", "a", "g")
+    evaluated = tasks._decode((item, SIZE, 1e9, crop))  # at this rate, every frame
+    assert np.array_equal(trained, evaluated) and np.array_equal(trained, read_clip(clip, SIZE, crop=crop).images)
+
+    model = uscl_hub.load_meta_uscl_backbone("test_resnet", checkpoint=tiny_export)
+    images = torch.stack([uscl_hub.create_transform(model)(image) for image in trained])
+    assert torch.equal(protocols.to_input(evaluated, backbones.load_backbone(str(tiny_export))), images)
+    with torch.inference_mode():
+        features = model(images).numpy()
+    assert np.array_equal(probe.features(model, trained, SIZE, torch.device("cpu")), features)
+    out = tmp_path / "f.parquet"
+    embed([tmp_path / "data"], out, name="test_resnet", checkpoint=tiny_export, crop=crop, progress=False)
+    rows = pq.read_table(out, filters=[("level", "=", "frame")])
+    assert np.array_equal(rows["feature"].to_pylist(), features)
 
 
 def test_nothing_readable_fails(tmp_path):

@@ -379,7 +379,8 @@ def _dicom(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | 
                 raise UnreadableClip(path, "a DICOM file without pixel data")
             _check_pixels(path, int(data.Columns), int(data.Rows))
             frames, fps = _number_of_frames(data), _dicom_fps(data)
-            syntax = data.file_meta.TransferSyntaxUID.name
+            uid = data.file_meta.TransferSyntaxUID
+            syntax = uid.name if uid.type else "unknown transfer syntax"  # not the value itself
         except UnreadableClip:
             raise
         except Exception as error:
