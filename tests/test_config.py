@@ -111,6 +111,22 @@ def test_a_file_that_cannot_be_read(tmp_path):
         cli(Config, args=["--config"])
 
 
+@dataclasses.dataclass
+class Outer:
+    """Settings with two groups of one kind and different defaults."""
+
+    first: Optim = dataclasses.field(default_factory=lambda: Optim(lr=7.0, batch=3))
+    """First."""
+    second: Optim = dataclasses.field(default_factory=Optim)
+    """Second."""
+
+
+def test_a_group_keeps_its_own_defaults(tmp_path):
+    settings = load(Outer, write(tmp_path, "first: {batch: 4}\nsecond: {batch: 5}"))
+    assert (settings.first.lr, settings.first.batch) == (7.0, 4)
+    assert (settings.second.lr, settings.second.batch) == (0.1, 5)
+
+
 def test_the_command_line_beats_the_file(tmp_path):
     path = write(tmp_path, "optim: {lr: 0.5, batch: 4}\nmethod: uscl\n")
     settings = cli(Config, args=["--optim.lr", "0.25", "--config", str(path), "--data.roots", "a", "b"])

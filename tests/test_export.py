@@ -138,11 +138,11 @@ def test_a_failed_write_leaves_the_old_export(tmp_path, monkeypatch):
     path = exporting.export(backbone, "test_resnet", 32, tmp_path / "out", PROVENANCE)
     before = {p.name: p.read_bytes() for p in path.iterdir()}
 
-    def full(state, file, metadata):
+    def full(state, file):
         Path(file).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting, "save_file", full)
+    monkeypatch.setattr(exporting, "save_tensors", full)
     with pytest.raises(OSError, match="No space"):
         exporting.export(backbone, "test_resnet", 32, path, PROVENANCE)
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before

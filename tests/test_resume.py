@@ -233,6 +233,10 @@ def test_a_damaged_checkpoint_is_said(tiny, tmp_path, damage):
 full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 
 
+def temporary(path):
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
 @full
 def test_a_full_disk_leaves_the_previous_checkpoint(tiny, tmp_path, monkeypatch):
     config = tiny(optim=STEPS, save_every=3)
@@ -240,7 +244,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tiny, tmp_path, monkeypatch)
 
     def on_a_full_disk(state, path):
         if state.step > 3:
-            path.with_suffix(".partial").symlink_to("/dev/full")  # every write fails as on a full disk
+            temporary(path).symlink_to("/dev/full")  # every write fails as on a full disk
         save(state, path)
 
     monkeypatch.setattr(run, "save", on_a_full_disk)
@@ -248,7 +252,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tiny, tmp_path, monkeypatch)
     path = tmp_path / "run" / "checkpoint.pt"
     assert said.startswith(f"{path}: cannot write the checkpoint") and "the previous one, if any, is intact" in said
     assert torch.load(path, weights_only=True)["step"] == 3
-    assert not path.with_suffix(".partial").is_symlink()
+    assert not temporary(path).is_symlink()
     monkeypatch.setattr(run, "save", save)
     run.main(replace(config, resume=True))  # with room again
     run.main(replace(config, out=str(tmp_path / "whole")))
@@ -258,7 +262,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tiny, tmp_path, monkeypatch)
 @full
 def test_a_full_disk_under_the_log_is_one_line(tiny, tmp_path, whole):
     log = (whole / "log.jsonl").read_bytes()
-    (whole / "log.partial").symlink_to("/dev/full")
+    temporary(whole / "log.jsonl").symlink_to("/dev/full")
     said = refusal(tiny(out=str(whole), optim=STEPS, resume=True))
     assert "No space left on device" in said and "checkpoint, if any, is intact" in said
     assert (whole / "log.jsonl").read_bytes() == log

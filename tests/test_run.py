@@ -317,7 +317,7 @@ def test_out_cannot_be_made(tiny, tmp_path):
 def test_two_runs_in_one_folder_are_refused(tiny, tmp_path):
     (tmp_path / "run").mkdir()
     with run.locked(tmp_path / "run"):
-        assert "another run is writing here" in refusal(tiny())
+        assert "another process is writing here" in refusal(tiny())
     run.main(tiny(optim={"steps": 1}))  # the lock is gone with its holder
     assert "holds a training already: --resume True" in refusal(tiny(optim={"steps": 1}))
 

@@ -7,7 +7,6 @@ data.roots it runs the demo on simulated clips (training/configs/demo.yaml).
 import contextlib
 import difflib
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -37,6 +36,7 @@ from training.model import CMWNet, Encoder, input_channels  # noqa: E402
 from training.simulate import write_demo  # noqa: E402
 from training.splits import assign_groups, split_groups  # noqa: E402
 from training.step import contrastive_step, meta_step  # noqa: E402
+from uscl_hub import files  # noqa: E402
 
 DEMO = Path(__file__).parent / "configs" / "demo.yaml"
 DIVERGED = "lower optim.lr or raise optim.warmup_epochs. The last checkpoint, if any, is from before"
@@ -148,11 +148,11 @@ def locked(out):
     if distributed.rank() != 0:
         yield
         return
-    with open(out / ".lock", "w") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            sys.exit(f"{out}: another run is writing here; choose another --out or wait for it")
+            stack.enter_context(files.locked(out))
+        except files.InUse as error:
+            sys.exit(f"out: {error}")
         yield
 
 
@@ -453,9 +453,7 @@ class Log:
         path = out / "log.jsonl"
         lines = path.read_text().splitlines() if path.exists() and done else []
         kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
-        temporary = path.with_suffix(".partial")
-        temporary.write_text("".join(kept))  # what came after the checkpoint happens again
-        os.replace(temporary, path)
+        files.write_whole(path, lambda file: file.write_text("".join(kept)))  # what came later happens again
         self.file = open(path, "a")
         self.board = SummaryWriter(out / "tensorboard", purge_step=done + 1)
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
@@ -514,17 +512,17 @@ class Log:
 
 
 def save(state, path):
-    """Write the checkpoint under a temporary name, then rename it: a crash or a full disk leaves the old one."""
-    temporary = path.with_suffix(".partial")
+    """Write the checkpoint, whole or not at all: a crash or a full disk leaves the old one."""
     content = {name: part.state_dict() for name, part in state.parts().items()}
-    try:
+    content |= {"step": state.step, "fixed": state.fixed}
+
+    def write(temporary):
         with open(temporary, "wb") as file:
-            torch.save({**content, "step": state.step, "fixed": state.fixed}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            torch.save(content, file)
+
+    try:
+        files.write_whole(path, write)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
         sys.exit(f"{path}: cannot write the checkpoint ({one_line(error)}); the previous one, if any, is intact")
 
 
