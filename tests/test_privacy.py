@@ -47,7 +47,7 @@ def planted(path, movie):
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
     """12 clips in folders named like patients, 4 of them DICOM, and DICOM files that cannot be read."""
-    root = tmp_path_factory.mktemp("data") / "scans"
+    root = tmp_path_factory.mktemp("data") / f"{PATH}_scans"
     for i in range(12):
         folder = root / f"{PATH}{i // 2}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,15 +94,16 @@ def test_planted_names(scans, tmp_path, capfd, caplog, monkeypatch):
         device="cpu",
     )
     run.main(config)
-    export = tmp_path / "run" / "export"
+    export, broken = tmp_path / "run" / "export", scans / f"{PATH}5" / f"{PATH}_cut.dcm"
+    model = ["--checkpoint", export, "--name", "test_resnet"]
     table = tmp_path / "f.parquet"
     commands = [
-        ["embed", scans, "-o", table, "--checkpoint", export, "--name", "test_resnet", "--json"],
-        ["search", f"scans/{PATH}0/{PATH}_0.dcm", table, "--sheet", tmp_path / "sheet.png"],
+        ["embed", scans, "-o", table, *model, "--json"],
+        ["search", f"{PATH}_scans/{PATH}0/{PATH}_0.dcm", table, "--sheet", tmp_path / "sheet.png"],
         ["verify", export],
         ["info", export],
         ["export", export, "--name", "test_resnet", "-o", tmp_path / "model.pt2", "--format", "torch-export"],
-        ["embed", scans / f"{PATH}5" / f"{PATH}_cut.dcm", "-o", tmp_path / "g.parquet", "--checkpoint", export, "--name", "test_resnet"],
+        ["embed", broken, "-o", tmp_path / "g.parquet", *model],
     ]
     codes = [main([str(word) for word in command]) for command in commands]
     assert codes == [0, 0, 0, 0, 0, 1]
@@ -120,7 +121,7 @@ def test_planted_names(scans, tmp_path, capfd, caplog, monkeypatch):
     assert with_paths == {
         *(f"{cache}/index.jsonl", f"{cache}/report.json"),
         *("f.parquet", "f.parquet.report.json"),
-        "run/config.yaml",  # data.group, as the user wrote it
+        "run/config.yaml",  # data.roots and data.group, as the user wrote them
     }
 
 

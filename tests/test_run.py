@@ -124,11 +124,11 @@ def test_end_to_end_on_real_files(scans, tiny, tmp_path, capsys):
 
     provenance = json.loads((path / "config.json").read_text())["uscl_hub"]
     licences = {source["name"]: source["licence"] for source in provenance["sources"]}
-    assert licences == {"siteA": "CC BY 4.0", "siteB": "not stated"}
+    assert licences == {"siteA": "CC BY 4.0", "source 2": "not stated"}  # no folder is named without its licence
     assert provenance["steps"] == 7 and provenance["config"]["optim.steps"] == 7
     assert provenance["metrics"] == {k: checks[-1][k] for k in ("val_loss", "knn", "effective_rank")}
     assert len(provenance["groups"]) == 10 and len(provenance["clips"]) == 20
-    leaks = (SECRET, str(scans), str(tmp_path), "deep", "clip.", "other.mp4", "still")
+    leaks = (SECRET, "siteB", str(scans), str(tmp_path), "deep", "clip.", "other.mp4", "still")
     for file in [*path.iterdir(), out / "manifest.json"]:
         content = file.read_bytes().decode("latin1")
         assert not [leak for leak in leaks if leak in content], file

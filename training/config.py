@@ -43,7 +43,7 @@ class Data:
     val_fraction: float = 0.1
     """Share of the groups held out for validation."""
     licences: dict[str, str] = field(default_factory=dict)
-    """Licence by root folder name; written into the export's provenance."""
+    """Licence by root folder name, for the export's provenance; folders that are not named here are not named there."""
 
 
 @dataclass

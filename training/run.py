@@ -180,6 +180,13 @@ class Clips:
         fractions["train"] = 1 - sum(fractions.values())
         self.splits = np.array(split_groups(self.groups, fractions, config.seed, cache.sources))
         self.train, self.meta, self.val = (np.flatnonzero(self.splits == s) for s in ("train", "meta", "val"))
+        # what the manifest and the export call a source: a folder's name only where data.licences has it
+        self.public = {
+            source: source if source in config.data.licences else f"source {i}"
+            for i, source in enumerate(sorted(set(cache.sources)), start=1)
+        }
+        if not config.data.roots:
+            self.public = dict.fromkeys(self.public, "simulated (training/simulate.py)")
 
     def manifest(self):
         """What was trained on, without naming paths: one dict a clip."""
@@ -187,7 +194,7 @@ class Clips:
             {
                 "sha256": sha,
                 "group": export.fingerprint(group),
-                "source": source,
+                "source": self.public[source],
                 "split": str(split),
                 "frames": int(frames),
             }
@@ -579,7 +586,7 @@ def finish(state, config, clips, out, device):
     manifest = clips.manifest()
     text = json.dumps(manifest, indent=0)
     (out / "manifest.json").write_text(text)
-    names = sorted(set(clips.cache.sources))
+    sources = np.array(clips.cache.sources)
     provenance = {
         "method": config.method,
         "steps": state.step,
@@ -588,12 +595,12 @@ def finish(state, config, clips, out, device):
         "config": state.fixed,
         "sources": [
             {
-                "name": "simulated (training/simulate.py)" if not config.data.roots else name,
-                "clips": sum(s == name for s in clips.cache.sources),
-                "frames": int(clips.cache.lengths[np.array(clips.cache.sources) == name].sum()),
+                "name": public,
+                "clips": int((sources == name).sum()),
+                "frames": int(clips.cache.lengths[sources == name].sum()),
                 "licence": config.data.licences.get(name, "simulated" if not config.data.roots else "not stated"),
             }
-            for name in names
+            for name, public in clips.public.items()
         ],
         "manifest_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "groups": sorted({m["group"] for m in manifest}),
