@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from training import checks, distributed, dual, run, step
 from training import config as configs
-from training import distributed, dual, run, step
 from training.model import CMWNet, Encoder
 
 ROOT = Path(__file__).parents[1]
@@ -182,6 +182,6 @@ def same_as_alone(out, config):
 def test_a_batch_that_the_processes_cannot_share(tiny, monkeypatch):
     monkeypatch.setattr(distributed, "world", lambda: 3)
     with pytest.raises(SystemExit, match="optim.batch = 4 must be a multiple of the 3 processes"):
-        run.check(tiny())
+        checks.check(tiny())
     with pytest.raises(SystemExit, match="meta.batch = 4 must be a multiple of the 3 processes"):
-        run.check(tiny(optim={"batch": 6}, meta={"batch": 4}))
+        checks.check(tiny(optim={"batch": 6}, meta={"batch": 4}))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import uscl_hub
 from training import export as exporting
-from training.run import input_size
+from training.model import input_size
 
 ROOT = Path(__file__).parents[1]
 PROVENANCE = {

@@ -9,8 +9,9 @@ import timm
 import torch
 from sklearn.metrics import balanced_accuracy_score
 
-from training import probe, run
-from training.model import Encoder, input_channels
+from training import probe
+from training.model import Encoder, input_channels, input_size
+from training.validation import probe_backbone
 from uscl_hub.preprocess import create_transform
 
 CPU = torch.device("cpu")
@@ -37,7 +38,7 @@ def test_sampled_frames_are_different_and_evenly_spaced(length, per_clip):
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 def test_features_are_those_of_deployment(name):
-    kwargs = run.input_size(SimpleNamespace(name=name, size=32))
+    kwargs = input_size(SimpleNamespace(name=name, size=32))
     backbone = timm.create_model(name, num_classes=0, **kwargs).train()
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     frames = cache([7], px=40).frames
@@ -116,18 +117,18 @@ def pixels(backbone, frames, size, device):
 
 def test_probe_of_a_run(tiny, monkeypatch):
     monkeypatch.setattr(probe, "features", pixels)
-    told_apart = run.probe_backbone(None, tiny(), clips([6] * 40, 20, ["x"] * 40), CPU)
+    told_apart = probe_backbone(None, tiny(), clips([6] * 40, 20, ["x"] * 40), CPU)
     assert told_apart["knn"] == 1.0 and told_apart["effective_rank"] > 10
-    many = run.probe_backbone(None, tiny(), clips([6] * 500, 490, ["x"] * 500), CPU)
+    many = probe_backbone(None, tiny(), clips([6] * 500, 490, ["x"] * 500), CPU)
     assert many["knn"] == 1.0  # of every chosen clip, both halves are there
-    some_single = run.probe_backbone(None, tiny(), clips([1, 6, 1, 6, 6], 4, ["x"] * 5), CPU)
+    some_single = probe_backbone(None, tiny(), clips([1, 6, 1, 6, 6], 4, ["x"] * 5), CPU)
     assert some_single["knn"] == 1.0
-    images = run.probe_backbone(None, tiny(), clips([1] * 9, 5, ["x"] * 9), CPU)
+    images = probe_backbone(None, tiny(), clips([1] * 9, 5, ["x"] * 9), CPU)
     assert images["knn"] is None and images["effective_rank"] > 1
 
     labelled = clips([6] * 12, 4, ["a", "b"] * 6)
     for i in range(12):  # each label looks like itself
         labelled.cache.frames[6 * i : 6 * i + 6] = labelled.cache.frames[6 * (i % 2)]
-    assert run.probe_backbone(None, tiny(), labelled, CPU)["knn"] == 1.0
+    assert probe_backbone(None, tiny(), labelled, CPU)["knn"] == 1.0
     labelled.labels[4:] = labelled.labels[4:][::-1].copy()
-    assert run.probe_backbone(None, tiny(), labelled, CPU)["knn"] == 0.0
+    assert probe_backbone(None, tiny(), labelled, CPU)["knn"] == 0.0

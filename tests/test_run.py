@@ -18,8 +18,8 @@ from pydicom.uid import RLELossless
 from test_media import dicom
 
 import uscl_hub
+from training import clips, data, run
 from training import config as configs
-from training import data, run
 from training.simulate import KINDS, simulate_clip, write_video
 
 ROOT = Path(__file__).parents[1]
@@ -194,8 +194,8 @@ def test_the_seed_fixes_everything(tiny, tmp_path):
 def test_the_demo_needs_no_data(tiny, tmp_path, monkeypatch, capsys):
     """`python training/run.py` alone, with a smaller simulation: the demo's settings, group and label patterns."""
     small = dict(clips=60, frames=2, size=32)
-    write_demo = run.write_demo
-    monkeypatch.setattr(run, "write_demo", lambda out, seed, **_: write_demo(out, seed=seed, **small))
+    write_demo = clips.write_demo
+    monkeypatch.setattr(clips, "write_demo", lambda out, seed, **_: write_demo(out, seed=seed, **small))
     demo = configs.cli(configs.Config, args=[], fallback=run.DEMO)
     changes = {"model": tiny().model, "optim": replace(demo.optim, steps=2, batch=8)}
     run.main(replace(demo, out=str(tmp_path / "demo"), device="cpu", **changes))

@@ -2,7 +2,7 @@
 
 import sys
 import typing
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -153,6 +153,11 @@ class Config:
     model: Model = field(default_factory=Model)
     meta: Meta = field(default_factory=Meta)
     optim: Optim = field(default_factory=Optim)
+
+
+def training_pairs(config):
+    """The settings of the pairs to learn from: SimCLR's are one frame twice."""
+    return replace(config.pairs, frames=1) if config.method == "simclr" else config.pairs
 
 
 def cli(kind, description=None, args=None, fallback=None):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import uscl_hub  # noqa: F401  (registers meta_uscl_resnet18, ...)
+from training.export import architecture
 
 
 class Encoder(nn.Module):
@@ -49,3 +50,9 @@ class CMWNet(nn.Module):
 
     def forward(self, h):
         return torch.sigmoid(self.net(torch.cat([h[0], h[1]], dim=1))).squeeze(1)
+
+
+def input_size(model):
+    """Keyword arguments of `timm.create_model` for networks that are built for one size of images (ViT)."""
+    cfg = timm.get_pretrained_cfg(architecture(model.name))
+    return {"img_size": model.size} if cfg and cfg.fixed_input_size else {}

@@ -1,0 +1,87 @@
+"""What a run says: progress bar, log.jsonl, TensorBoard, and lines on the screen."""
+
+import json
+import os
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from training import distributed
+from uscl_hub import files
+
+COLLAPSED = 2.0  # an effective rank below this means that the features have (nearly) become one number
+
+
+class Log:
+    """Progress bar, log.jsonl and TensorBoard, on rank 0; elsewhere it does nothing."""
+
+    def __init__(self, out, done, total):
+        self.on = distributed.rank() == 0
+        if not self.on:
+            return
+        path = out / "log.jsonl"
+        lines = path.read_text().splitlines() if path.exists() and done else []
+        kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
+        files.write_whole(path, lambda file: file.write_text("".join(kept)))  # what came later happens again
+        self.file = open(path, "a")
+        self.board = SummaryWriter(out / "tensorboard", purge_step=done + 1)
+        self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+        self.last = {}
+
+    def step(self, step, loss, lr, clips_per_s, result, meta_share, wait_share, chosen):
+        meta_loss = None if result.meta_loss is None else result.meta_loss.item()
+        if not self.on:
+            return
+        numbers = {
+            "loss": loss,
+            "meta_loss": meta_loss,
+            "lr": lr,
+            "images_per_s": 2 * clips_per_s,
+            "meta_share": meta_share,
+            "wait_share": wait_share,
+        }
+        row = {"step": step, **{k: v for k, v in numbers.items() if v is not None}}
+        for k, v in row.items():
+            self.board.add_scalar(f"train/{k}", v, step)
+        if result.weights is not None:
+            row.update(weights=[round(w, 5) for w in result.weights.tolist()], clips=np.asarray(chosen).tolist())
+            self.board.add_histogram("weights", result.weights, step)
+        self.file.write(json.dumps(row) + "\n")
+        self.last.update(loss=f"{loss:.3f}", lr=f"{lr:.3g}", img_s=f"{2 * clips_per_s:.0f}", meta=f"{meta_share:.0%}")
+        self.bar.set_postfix(self.last, refresh=False)
+        self.bar.update()
+
+    def check(self, step, numbers):
+        for k, v in numbers.items():
+            if v is not None:
+                self.board.add_scalar(f"validation/{k}", v, step)
+        self.file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self.last.update(
+            val=f"{numbers['val_loss']:.3f}", knn="-" if numbers["knn"] is None else f"{numbers['knn']:.3f}"
+        )
+        if numbers["effective_rank"] < COLLAPSED:
+            tqdm.write(
+                f"step {step}: COLLAPSE? the features' effective rank is {numbers['effective_rank']:.2f}; "
+                "lower optim.lr or use more different clips"
+            )
+
+    def flush(self):
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self):
+        if self.on:
+            self.flush()
+            self.file.close()
+            self.board.close()
+            self.bar.close()
+
+
+def say(message):
+    if distributed.rank() == 0:
+        print(message, flush=True)
+
+
+def one_line(error):
+    return " ".join(str(error).split())
