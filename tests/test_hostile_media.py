@@ -289,6 +289,8 @@ def test_a_deflated_dicom_bomb(tmp_path, monkeypatch):
     data.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
     data.save_as(tmp_path / "a.dcm")
     assert np.array_equal(decode(one(tmp_path / "a.dcm"))[0], movie())
+    (tmp_path / "trailing.dcm").write_bytes((tmp_path / "a.dcm").read_bytes() + bytes(100_000))
+    assert np.array_equal(decode(one(tmp_path / "trailing.dcm"))[0], movie())
     data.PixelData = bytes(1 << 27)
     data.save_as(tmp_path / "b.dcm")
     assert (tmp_path / "b.dcm").stat().st_size < 1 << 18

@@ -411,7 +411,7 @@ def _check_inflated(path: Path):
         if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
             return
         inflate, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
-        while block := inflate.unconsumed_tail or file.read(1 << 16):
+        while not inflate.eof and (block := inflate.unconsumed_tail or file.read(1 << 16)):
             total += len(inflate.decompress(block, 1 << 20))
             if total > MAX_BYTES:
                 raise UnreadableClip(path, f"inflates to more than {MAX_BYTES >> 30} GiB")
