@@ -33,8 +33,9 @@ def recorded(network, x, params=None):
         params: tensors by parameter (and buffer) name to use in place of the network's own, or None.
 
     Returns:
-        The network's output, and the tape of convolution outputs for `tangent`. The tape costs no memory while
-        the autograd graph is alive: the batch norm behind a convolution keeps the same tensor.
+        The network's output, and the tape for `tangent`: outputs of the convolutions, statistics of the batch
+        norms, outputs and indices of the max pooling. It costs no memory while the autograd graph is alive, which
+        holds the same tensors.
     """
     with _Recorder() as recorder:
         output = network(x) if params is None else functional_call(network, params, (x,))
@@ -70,29 +71,28 @@ class _BatchNormPerView(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        outputs, means, rstds = zip(
-            *(torch.native_batch_norm(v, weight, bias, None, None, True, 0.0, eps) for v in x.chunk(VIEWS))
-        )
-        ctx.save_for_backward(x, weight, *means, *rstds)
+        output = torch.empty_like(x)
+        mean, rstd = (x if weight is None else weight).new_empty(2, VIEWS, x.shape[1])
+        for v, *out in zip(x.chunk(VIEWS), output.chunk(VIEWS), mean, rstd):
+            torch.native_batch_norm(v, weight, bias, None, None, True, 0.0, eps, out=out)
+        ctx.save_for_backward(x, weight, mean, rstd)
         ctx.eps = eps
-        mean, rstd = torch.stack(means), torch.stack(rstds)
         ctx.mark_non_differentiable(mean, rstd)
-        return torch.cat(outputs), mean, rstd
+        return output, mean, rstd
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _mean, _rstd):
-        x, weight, *statistics = ctx.saved_tensors
-        dx, dweight, dbias = zip(
-            *(
-                torch.ops.aten.native_batch_norm_backward(
-                    g, v, weight, None, None, mean, rstd, True, ctx.eps, [True, True, True]
-                )
-                for g, v, mean, rstd in zip(grad.chunk(VIEWS), x.chunk(VIEWS), statistics[:VIEWS], statistics[VIEWS:])
-            )
-        )
+        x, weight, mean, rstd = ctx.saved_tensors
+        views = zip(grad.chunk(VIEWS), x.chunk(VIEWS), mean, rstd)
+        dx, dweight, dbias = zip(*(_batch_norm_backward(*v, weight, ctx.eps, [True, True, True]) for v in views))
         affine = weight is not None
         return torch.cat(dx), sum(dweight) if affine else None, sum(dbias) if affine else None, None
+
+
+def _batch_norm_backward(grad, x, mean, rstd, weight, eps, wanted):
+    """Those `wanted` of the gradients of x, weight (= sum of grad times the normalised x) and bias (sum of grad)."""
+    return torch.ops.aten.native_batch_norm_backward(grad, x, weight, None, None, mean, rstd, True, eps, wanted)
 
 
 class _Recorder(TorchFunctionMode):
@@ -104,16 +104,20 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.batch_norm:
             return self.batch_norm(*args, **kwargs)
+        if func is F.max_pool2d:
+            output, indices = func(*args, **{**kwargs, "return_indices": True})
+            self.tape.append((output.detach(), indices))
+            return output
         output = func(*args, **kwargs)
         if func in CONVOLUTIONS:
             self.tape.append(output.detach())
         return output
 
-    @staticmethod
-    def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    def batch_norm(self, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
         if not training:
             return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         output, mean, rstd = _BatchNormPerView.apply(x, weight, bias, eps)
+        self.tape.append((mean, rstd))
         if running_mean is not None:
             n = x.numel() // x.shape[1] // VIEWS
             variance = (rstd.pow(-2) - eps) * (n / max(n - 1, 1))  # unbiased, as in nn.BatchNorm2d
@@ -135,6 +139,10 @@ class _Tangent(TorchFunctionMode):
             return self.convolution(func, *args, **kwargs)
         if func is F.batch_norm:
             return self.batch_norm(*args, **kwargs)
+        if func is F.max_pool2d:
+            return self.max_pool(args[0])
+        if func is F.relu:
+            return self.relu(*args, **kwargs)
         return func(*args, **kwargs)
 
     def convolution(self, func, x, weight, bias=None, *rest, **kwargs):
@@ -147,24 +155,37 @@ class _Tangent(TorchFunctionMode):
             dy += func(dx, weight, None, *rest, **kwargs)
         return forward_ad.make_dual(y, dy)
 
-    @staticmethod
-    def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    def batch_norm(self, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
         if not training:
             return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        mean, rstd = next(self.tape)
         x, dx = forward_ad.unpack_dual(x)
-        weight, dweight = (None, None) if weight is None else forward_ad.unpack_dual(weight)
-        bias, dbias = (None, None) if bias is None else forward_ad.unpack_dual(bias)
-        ys, dys = [], []
-        for v, dv in zip(x.chunk(VIEWS), dx.chunk(VIEWS)):
-            y, mean, rstd = torch.native_batch_norm(v, weight, bias, None, None, True, 0.0, eps)
-            # The Jacobian of the normalisation is symmetric: its backward is its forward-mode derivative, too.
-            dy = torch.ops.aten.native_batch_norm_backward(
-                dv, v, weight, None, None, mean, rstd, True, eps, [True, False, False]
-            )[0]
-            if dweight is not None:  # + dweight * (v - mean) * rstd + dbias
-                shape = [1, -1] + [1] * (v.ndim - 2)
-                slope = rstd * dweight
-                dy.addcmul_(v, slope.view(shape).to(v.dtype)).add_((dbias - mean * slope).view(shape))
-            ys.append(y)
-            dys.append(dy)
-        return forward_ad.make_dual(torch.cat(ys), torch.cat(dys))
+        weight, dweight = (1.0, 0.0) if weight is None else forward_ad.unpack_dual(weight)
+        bias, dbias = (0.0, 0.0) if bias is None else forward_ad.unpack_dual(bias)
+
+        # y = weight x^ + bias with x^ = (x - mean) rstd; dx^ = rstd (dx - average of dx - x^ average of x^ dx).
+        one, n = torch.ones_like(mean[0]), x.numel() // x.shape[1] // VIEWS
+        views = zip(dx.chunk(VIEWS), x.chunk(VIEWS), mean, rstd)
+        sums = [_batch_norm_backward(*v, one, eps, [False, True, True])[1:] for v in views]
+        along, total = (torch.stack(s) / n for s in zip(*sums))
+        scale = weight * rstd
+        slope = (dweight - scale * along) * rstd
+        shift, drift = bias - scale * mean, dbias - scale * total - slope * mean
+        shape = [VIEWS, 1, -1] + [1] * (x.ndim - 2)
+        scale, shift, slope, drift = (t.view(shape) for t in (scale, shift, slope, drift))
+        v, dv = (t.unflatten(0, (VIEWS, -1)) for t in (x, dx))
+        y, dy = torch.addcmul(shift, v, scale), torch.addcmul(drift, dv, scale).addcmul_(v, slope)
+        return forward_ad.make_dual(*(t.flatten(0, 1).to(x.dtype) for t in (y, dy)))
+
+    @staticmethod
+    def relu(x, inplace=False):
+        x, dx = forward_ad.unpack_dual(x)
+        y, dy = F.relu(x, inplace), dx if inplace else torch.empty_like(dx)
+        return forward_ad.make_dual(y, torch.ops.aten.threshold_backward(dx, y, 0, grad_input=dy))
+
+    def max_pool(self, x):
+        y, indices = next(self.tape)
+        dx = forward_ad.unpack_dual(x).tangent
+        # channels last, in memory and in view: neither needs a copy
+        dx, indices = (t.movedim(1, -1).flatten(1, 2) for t in (dx, indices))
+        return forward_ad.make_dual(y, dx.gather(1, indices).view_as(y.movedim(1, -1)).movedim(-1, 1))

@@ -58,15 +58,19 @@ def meta_step(encoder, cmw, optimizer, cmw_optimizer, views, meta_views, tempera
     loss = info_nce(z, weights.detach() if delayed else weights, temperature)
     grads = gradients(loss, encoder, retain_graph=not delayed)
     ahead = look_ahead(encoder, optimizer, grads)
+    if not delayed:
+        del grads  # memory is scarcest in 3
 
     # 3. Unweighted loss of the clean pairs there, and its gradient.
     _, meta_z, _ = forward(encoder, meta_views, {**ahead, **scratch_buffers(encoder)})
     meta_loss = info_nce(meta_z, None, temperature)
     meta_grads = distributed.sum_(list(torch.autograd.grad(meta_loss, list(ahead.values()))))
+    del ahead, meta_z
 
     # 4. Descend the meta-loss with respect to CMW-Net.
     v = look_ahead_direction(encoder, optimizer, meta_grads)
     dh, dz = push_forward(encoder, views, tape, v, direction)
+    del meta_grads, v, tape
     cmw_grads = directional_gradient(cmw, h, z, None if delayed else dh, dz, temperature)
     for p, g in zip(cmw.parameters(), cmw_grads):
         p.grad = g
@@ -116,20 +120,20 @@ def look_ahead(encoder, optimizer, grads):
     grads = dict(zip(encoder.parameters(), grads))
     names = {p: name for name, p in encoder.named_parameters()}
     for group in optimizer.param_groups:
-        params = group["params"]
-        step = torch._foreach_add([grads[p] for p in params], params, alpha=group["weight_decay"])
+        params, lr = group["params"], group["lr"]
+        moved = torch._foreach_mul([p.detach() for p in params], 1 - lr * group["weight_decay"])
+        torch._foreach_add_(moved, [grads[p] for p in params], alpha=-lr)
         buffers = [optimizer.state[p].get("momentum_buffer") for p in params]
         if group["momentum"] and buffers[0] is not None:
-            torch._foreach_add_(step, buffers, alpha=group["momentum"])
-        moved = torch._foreach_add(params, step, alpha=-group["lr"])
-        ahead.update({names[p]: t.detach().requires_grad_() for p, t in zip(params, moved)})
+            torch._foreach_add_(moved, buffers, alpha=-lr * group["momentum"])
+        ahead.update({names[p]: t.requires_grad_() for p, t in zip(params, moved)})
     return {name: ahead[name] for name in names.values()}
 
 
 def look_ahead_direction(encoder, optimizer, meta_grads):
-    """The transposed derivative of `look_ahead` in its gradient, applied to `meta_grads`: -lr x, by name."""
+    """The transposed derivative of `look_ahead` in its gradient, applied to `meta_grads` in place: -lr x, by name."""
     lr = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    return {name: -lr[p] * g for (name, p), g in zip(encoder.named_parameters(), meta_grads)}
+    return {name: g.mul_(-lr[p]) for (name, p), g in zip(encoder.named_parameters(), meta_grads)}
 
 
 def push_forward(encoder, views, tape, direction, how="exact"):
