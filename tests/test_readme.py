@@ -1,12 +1,15 @@
 """The README's Python examples, run in order; the commands it names exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import timm
 import torch
+from PIL import Image
 
 from training.export import export
+from uscl_hub.cli import parser
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,17 +24,30 @@ def test_python_examples_run(tmp_path, monkeypatch):
         tmp_path / "runs/demo/export",
         {"method": "meta_uscl", "steps": 1, "sources": [], "manifest_sha256": "", "metrics": {}},
     )
+    for i, label in enumerate(("benign", "malignant", "normal") * 2):
+        (tmp_path / "images" / label).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (300, 200), (40 * i,) * 3).save(tmp_path / "images" / label / f"{i}.png")
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "readme"}
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S):
         exec(compile(block, "README.md", "exec"), namespace)
-    assert namespace["logits"].shape == (1, 3)
-    assert namespace["features"].shape == (1, 512)
+    assert namespace["loss"].isfinite() and namespace["model"].num_classes == 3
+    assert namespace["features"].shape == (6, 512)
     x = torch.randn(1, 1, 64, 64)
-    torch.testing.assert_close(namespace["model"].eval()(x), backbone.eval()(x.expand(-1, 3, -1, -1)))
-    detector = namespace["detector"].eval()
     with torch.no_grad():
-        assert set(detector([torch.rand(3, 64, 64)])[0]) == {"boxes", "labels", "scores", "masks"}
+        torch.testing.assert_close(namespace["grey"](x), backbone.eval()(x.expand(-1, 3, -1, -1)))
+        assert namespace["segmenter"](torch.rand(2, 3, 64, 48)).shape == (2, 1, 64, 48)
+        assert set(namespace["detector"].eval()([torch.rand(3, 64, 64)])[0]) == {"boxes", "labels", "scores", "masks"}
+
+
+def test_the_commands_are_ones_and_it_is_short():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 250
+    lines = re.findall(r"^uscl-hub (.+)$", readme, flags=re.M) + re.findall(r"`uscl-hub (\w+ [^`]+)`", readme)
+    assert {parser().parse_args(shlex.split(line)).command for line in lines} >= {"embed", "search", "push"}
+    (commands,) = (action.choices for action in parser()._actions if action.choices)
+    for name in re.findall(r"`(\w+)`", re.search(r"lists the rest:(.*)", readme)[1]):
+        assert name in commands, name
 
 
 def test_the_test_command_is_what_ci_runs():
