@@ -12,15 +12,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]) if "__file__" in globals() else ".")  # the checkout
 
 CLIPS = Path("walkthrough/clips")  # videos, DICOM, folders of frames, images: any nesting
-GROUP = r"/(\w+/subj\d+)_"  # what in a clip's path is its patient: clips/lung/subj03_clip01.mp4
+GROUP = r"/(subj\d+)_"  # what in a clip's path is its patient: clips/lung/subj03_clip01.mp4
 LABEL = r"/(\w+)/"  # and what is its class
 OUT = Path("walkthrough/run")
-MODEL, PX, STEPS = "meta_uscl_resnet18", 64, 60
+MODEL, PX, STEPS = "meta_uscl_resnet18", 64, 40
 
 if not CLIPS.exists():
     from training.simulate import write_demo
 
-    write_demo(CLIPS, clips=80, frames=12, size=96, seed=0)
+    write_demo(CLIPS, clips=100, frames=12, size=96, seed=0)
 
 # %% [markdown]
 # ## 1. Look at what will be learned from

@@ -3,14 +3,17 @@
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 import uscl_hub
@@ -145,23 +148,23 @@ else: raise SystemExit("unknown tag taken")
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("harm", ["flip", "truncate", "delete"])
-def test_damaged_release_is_refused(released, tmp_path, harm):
+def test_damaged_release_is_refused(released, tmp_path):
     shutil.copytree(released / "uscl_hub", tmp_path / "uscl_hub")
-    file = tmp_path / "uscl_hub/weights/meta_uscl_resnet18.fake.safetensors"
-    data = bytearray(file.read_bytes())
-    if harm == "flip":
-        data[-1] ^= 1
-        file.write_bytes(data)
-    elif harm == "truncate":
-        file.write_bytes(data[:-100])
+    code = """
+import pathlib, timm, uscl_hub
+file = pathlib.Path("uscl_hub/weights/meta_uscl_resnet18.fake.safetensors")
+whole = file.read_bytes()
+for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-100], None):
+    file.unlink() if damaged is None else file.write_bytes(damaged)
+    try:
+        timm.create_model("meta_uscl_resnet18", pretrained=True)
+    except uscl_hub.checkpoints.CheckpointError as error:
+        assert file.name in str(error) and "nstall" in str(error), error  # and what to do
     else:
-        file.unlink()
-    result = python(
-        'import timm, uscl_hub; timm.create_model("meta_uscl_resnet18", pretrained=True)', tmp_path, tmp_path
-    )
-    assert result.returncode == 1 and file.name in result.stderr and "CheckpointError" in result.stderr
-    assert "nstall" in result.stderr.splitlines()[-1]  # what to do
+        raise SystemExit("taken")
+"""
+    result = python(code, tmp_path, tmp_path)
+    assert result.returncode == 0, result.stderr
 
 
 def test_import_costs_little_beyond_timm(tmp_path):
@@ -175,36 +178,54 @@ def test_import_costs_little_beyond_timm(tmp_path):
         assert not heavy
         return float(first)
 
-    assert statistics.median(seconds() for _ in range(3)) < 0.1 * 3  # 3: the machine may be busy
+    assert min(seconds() for _ in range(2)) <= 0.1
 
 
-def test_version_and_package_data_from_one_place(tmp_path):
-    """Build the wheel's file list from a clean copy with setuptools itself."""
-    for name in ("setup.cfg", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("README.md", "LICENSE"):
-        (tmp_path / name).write_text("x")
-    shutil.copytree(ROOT / "uscl_hub", tmp_path / "uscl_hub", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "uscl_hub/weights/x.safetensors").write_bytes(b"x")
-    (tmp_path / "training").mkdir()
-    (tmp_path / "training/__init__.py").write_text("")
-    result = subprocess.run(
-        [sys.executable, "-c", "from setuptools import setup; setup()", "-q", "build"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    built = {p.relative_to(tmp_path / "build/lib").as_posix() for p in (tmp_path / "build/lib").rglob("*")}
-    assert {"uscl_hub/weights/registry.json", "uscl_hub/weights/x.safetensors", "uscl_hub/cli.py"} <= built
-    assert not any(p.startswith("training") for p in built)
-    version = subprocess.run(
-        [sys.executable, "-c", "from setuptools import setup; setup()", "--version"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    ).stdout.split()[-1]
-    assert version == uscl_hub.__version__
+def test_wheel_in_a_fresh_environment(tmp_path):
+    """Build the wheel from a clean copy, install it alone, use it from another folder."""
+    pytest.importorskip("setuptools")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("uscl_hub", "training"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (source / "uscl_hub/weights/x.safetensors").write_bytes(b"x")
+
+    def run(*command, cwd=tmp_path):
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        result = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, env=env)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    run(*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", tmp_path, source)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"uscl_hub-{uscl_hub.__version__}-py3-none-any.whl"
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv/bin/python"
+    run(*pip, "--python", python, "install", "-q", "--no-deps", "--no-index", wheel)
+    (site,) = (tmp_path / "venv/lib").glob("*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # torch, timm, ...: not once more
+    code = "import uscl_hub, importlib.util as u; print(uscl_hub.__file__, u.find_spec('training'))"
+    assert run(python, "-c", code) == f"{site / 'uscl_hub/__init__.py'} None"
+    assert {"registry.json", "x.safetensors"} <= {path.name for path in (site / "uscl_hub/weights").iterdir()}
+    assert run(tmp_path / "venv/bin/uscl-hub", "--version") == f"uscl-hub {uscl_hub.__version__}"
+    assert isinstance(json.loads(run(tmp_path / "venv/bin/uscl-hub", "list", "--json")), list)
+
+
+def test_model_card_and_citation():
+    card = ModelCard.load(ROOT / "MODEL_CARD.md", ignore_metadata_errors=False)
+    assert card.data.library_name == "timm" and card.data.license and card.data.datasets and card.data.metrics
+    assert {"timm", "ultrasound"} <= set(card.data.tags)
+    for word in ("Intended use", "Limits and bias", "ung-heavy", "Not a medical device"):
+        assert word in card.text
+    assert card.text.index("<!-- results:begin -->") < card.text.index("<!-- results:end -->")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == uscl_hub.__version__ and citation["cff-version"] == "1.2.0"
+    paper = citation["preferred-citation"]
+    assert [author["family-names"] for author in paper["authors"]] == ["Chen", "Zhang", "Ding", "Liu"]
+    assert paper["identifiers"][0]["value"] == "arXiv:2212.04097"
 
 
 def test_unknown_attribute():
