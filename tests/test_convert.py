@@ -2,6 +2,7 @@
 odd is refused."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -121,6 +122,20 @@ def test_files_that_cannot_be_read_safely(tmp_path):
     (tmp_path / "cut.pth").write_bytes(data[: len(data) // 2])
     with pytest.raises(CheckpointError, match="cut.pth"):
         convert(tmp_path / "cut.pth", tmp_path / "out")
+
+
+def test_archives_that_lie(tmp_path):
+    """torch.load looks at no checksum, and unpacks whatever it is told to."""
+    official(tmp_path / "o.pth")
+    data = bytearray((tmp_path / "o.pth").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "flip.pth").write_bytes(data)
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 24))
+    for name, message in (("flip", "damaged.*CRC"), ("bomb", "more than its size")):
+        with pytest.raises(CheckpointError, match=f"{name}.pth: is {message}|{name}.pth: .*{message}"):
+            convert(tmp_path / f"{name}.pth", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_command(tmp_path, capsys):

@@ -1,6 +1,8 @@
 """embed, search and export on real files, through the command."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,7 +15,10 @@ import uscl_hub
 from uscl_hub import checkpoints, models
 from uscl_hub.cli import main
 from uscl_hub.clips import read_clip
+from uscl_hub.files import locked
 from uscl_hub.media import find_clips
+
+DATA = Path(os.environ.get("USCL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +144,28 @@ def test_export_agrees_with_eager(capsys, folder, scans, tmp_path, format):
     assert code == 0, err
     assert result["source"] == "real" and result["max_difference"] < 1e-3 and out.stat().st_size > 40_000_000
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["model.bin"]
+
+
+def test_two_runs_on_one_table(capsys, tiny_export, scans, tmp_path):
+    (tmp_path / "f.parquet.partial").mkdir()
+    with locked(tmp_path / "f.parquet.partial"):
+        code, report, _ = embed(capsys, tiny_export, [scans], tmp_path / "f.parquet", "--name", "test_resnet")
+    assert code == 1 and "f.parquet.partial: another process is writing here" in report["error"]
+    assert embed(capsys, tiny_export, [scans], tmp_path / "f.parquet", "--name", "test_resnet")[0] == 0
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data")
+def test_real_files_of_every_kind(capsys, tiny_export, tmp_path):
+    """DICOM of a real scanner, video and still image; a clip is nearest to itself, then to its kind."""
+    inputs = [*(DATA / "pretrain" / "ocular_itkpocus").glob("*.dcm")]
+    inputs += sorted((DATA / "pretrain" / "covid_blues").rglob("*.mp4"))[:3]
+    inputs += sorted((DATA / "classification" / "busi" / "benign" / "images").iterdir())[:3]
+    out = tmp_path / "f.parquet"
+    code, report, _ = embed(capsys, tiny_export, inputs, out, "--name", "test_resnet", "--stride", 20)
+    assert code == 0 and report["clips"] == len(inputs) == 8 and report["failed"] == []
+    code, rows, _ = run(capsys, "search", inputs[0], out, "--sheet", tmp_path / "s.png", "--json")
+    assert code == 0 and inputs[0].name in rows[0]["clip"] and rows[0]["similarity"] == pytest.approx(1, abs=1e-5)
+    assert inputs[1].name in rows[1]["clip"] and (tmp_path / "s.png").stat().st_size > 10_000
 
 
 def test_device_that_is_not_there(capsys, folder, scans, tmp_path):

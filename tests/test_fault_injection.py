@@ -28,7 +28,7 @@ def test_killed_at_random_moments(tmp_path):
 
 
 def main(kills, folder):
-    from training import run
+    from training import clips, run
     from training.config import Config, Data, Model, Optim
     from training.simulate import write_demo
 
@@ -40,9 +40,9 @@ def main(kills, folder):
         model=Model(name="test_resnet", size=32, dim=16),
         optim=Optim(batch=4, steps=24, lr=0.05),
     )
-    decode = run.ingest
+    ingest = clips.ingest
     # in this process: a kill then meets a decoder at work, and no time goes by with starting workers
-    run.ingest = lambda *args, **kwargs: decode(*args, **{**kwargs, "workers": 0})
+    clips.ingest = lambda *args, **kwargs: ingest(*args, **{**kwargs, "workers": 0})
 
     def start(out, resume=False):
         """Fork: a process that is killed must be a new one, and this one has imported everything already."""
@@ -72,18 +72,11 @@ def main(kills, folder):
             os.kill(child, signal.SIGKILL)  # a zombie, if it has come to its end before
             if os.waitpid(child, 0)[1] == signal.SIGKILL:
                 break
-        log = out / "log.jsonl"
-        steps = (
-            [json.loads(line)["step"] for line in log.read_text().splitlines() if line.endswith("}")]
-            if log.exists()
-            else []
-        )
-        found.append(max(steps, default=0))
+        log = (out / "log.jsonl").read_text() if (out / "log.jsonl").exists() else ""
+        found.append(max([0] + [json.loads(line)["step"] for line in log.splitlines() if line.endswith("}")]))
         assert os.waitpid(start(out, resume=True), 0)[1] == 0, (folder / "log.txt").read_text()
         equal += result(out) == whole
-    print(
-        f"an undisturbed run takes {seconds:.1f} s; {equal} of {kills} equal to it, killed after step {sorted(found)}"
-    )
+    print(f"undisturbed: {seconds:.1f} s; {equal} of {kills} equal to it, killed after step {sorted(found)}")
 
 
 def result(out):

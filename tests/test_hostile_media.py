@@ -191,6 +191,19 @@ def test_odd_names(tmp_path):
     assert all(decode(clip)[0].shape == (6, 48, 64) for clip in clips)
 
 
+def test_names_that_are_not_text(tmp_path, tiny_export, capsys):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for i, name in enumerate((b"\xff\xfe.png", b"bad\xff.mp4", "\u202e\U0001f600.png".encode())):
+        Image.fromarray(movie(1)[0] + i).save(os.path.join(os.fsencode(scans), name), "png")
+    cache = ingest([scans], tmp_path / "cache", size=SIZE, workers=0, progress=False)
+    assert cache.ids == ["scans/\\xff\\xfe.png", "scans/\u202e\U0001f600.png"]
+    command = ["embed", str(scans), "-o", str(tmp_path / "f.parquet"), "--checkpoint", str(tiny_export)]
+    assert main([*command, "--name", "test_resnet"]) == 0
+    assert "2 clips" in capsys.readouterr().out
+    assert set(pq.read_table(tmp_path / "f.parquet")["clip"].to_pylist()) == set(cache.ids)
+
+
 def test_vanished_and_forbidden(tmp_path):
     clip = Clip("x/a.png", "x", "image", (tmp_path / "a.png",))
     with pytest.raises(UnreadableClip, match="FileNotFound|No such file"):
@@ -305,7 +318,7 @@ def test_one_preprocessing_for_training_evaluation_and_deployment(tmp_path, tiny
     trained = ingest([tmp_path / "data"], tmp_path, size=SIZE, crop=crop, workers=0, progress=False).clip(0)
     (clip,) = find_clips([tmp_path / "data"])
     item = tasks.Item("clip", clip.files[0], "video", "a", "g")
-    evaluated = tasks._decode((item, SIZE, 1e9, crop))  # at this rate, every frame
+    evaluated = tasks._decode((item, SIZE, 1e9, crop))[0]  # at this rate, every frame
     assert np.array_equal(trained, evaluated) and np.array_equal(trained, read_clip(clip, SIZE, crop=crop).images)
 
     model = uscl_hub.load_meta_uscl_backbone("test_resnet", checkpoint=tiny_export)

@@ -273,8 +273,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv=None) -> int:
     args = parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # file names may hold what a terminal cannot show
     try:
         result, lines = args.function(args)
+    except KeyboardInterrupt:
+        print("uscl-hub: interrupted; what was finished is kept", file=sys.stderr)
+        return 1
     except Exception as error:
         from .checkpoints import CheckpointError
 

@@ -110,6 +110,10 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
 
 def _clips_of_folder(parent: Path, names: list[str], root: Path, source: str) -> Iterator[Clip]:
     prefix = "/".join((source, *parent.relative_to(root).parts))
+
+    def clip(name, kind, files):
+        return Clip(_printable(f"{prefix}/{name}"), _printable(source), kind, files)
+
     numbered = defaultdict(list)
     for name in sorted(names):
         path = parent / name
@@ -121,18 +125,23 @@ def _clips_of_folder(parent: Path, names: list[str], root: Path, source: str) ->
             if match:
                 numbered[match[1], match[3], extension].append((int(match[2]), name))
             else:
-                yield Clip(f"{prefix}/{name}", source, "image", (path,))
+                yield clip(name, "image", (path,))
         elif extension in VIDEO:
-            yield Clip(f"{prefix}/{name}", source, "video", (path,))
+            yield clip(name, "video", (path,))
         elif extension in DICOM or (not extension[1:].isalpha() and _has_dicom_magic(path)):
-            yield Clip(f"{prefix}/{name}", source, "dicom", (path,))
+            yield clip(name, "dicom", (path,))
     for (before, after, extension), frames in numbered.items():
         files = tuple(parent / name for _, name in sorted(frames))
         if len(files) == 1 or _sizes_differ(files):
             for path in files:
-                yield Clip(f"{prefix}/{path.name}", source, "image", (path,))
+                yield clip(path.name, "image", (path,))
         else:
-            yield Clip(f"{prefix}/{before}#{after}{extension}", source, "frames", files)
+            yield clip(f"{before}#{after}{extension}", "frames", files)
+
+
+def _printable(name: str) -> str:
+    """A file's name as text: bytes that are not UTF-8 are written out, as \\xff."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _has_dicom_magic(path: Path) -> bool:
