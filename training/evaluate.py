@@ -82,7 +82,7 @@ class Config:
     device: str = "auto"
     """'auto', 'cpu' or 'cuda'."""
     workers: int = 0
-    """Processes that decode; 0: one a core."""
+    """Threads that decode; 0: one a core."""
     last: FineTune = field(default_factory=lambda: FineTune(epochs=30, lr=0.01, batch=128))
     """The paper's 'last_three': the last block and the head."""
     full: FineTune = field(default_factory=lambda: FineTune(epochs=10, lr=1e-3, batch=64))

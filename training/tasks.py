@@ -7,11 +7,10 @@ report prints both counts. A task of which too much is excluded does not run.
 import csv
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
@@ -311,16 +310,15 @@ def load_frames(
 ) -> Frames:
     """Decode every item once, at about `rate` frames per second, to px squares; later calls read the cache.
 
-    crop: 'none', or 'crop' / 'blank' for the detected moving region (uscl_hub/crop.py). workers: processes, 0: one a
+    crop: 'none', or 'crop' / 'blank' for the detected moving region (uscl_hub/crop.py). workers: threads, 0: one a
     core. Items that cannot be decoded are moved from task.items to task.excluded with the reason. Raises TaskError if
     more than the share `max_excluded` of all found items is excluded by then.
     """
 
     def decode_all():
         jobs = [(item, px, rate, crop) for item in task.items]
-        context = multiprocessing.get_context("spawn")  # forking a process that has used torch's threads can hang
-        with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
-            decoded = list(pool.map(_decode, jobs, chunksize=max(1, len(jobs) // 64)))
+        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # decoders and resizing release the GIL
+            decoded = list(pool.map(_decode, jobs))
         return {
             "images": np.concatenate([np.zeros((0, px, px), np.uint8), *(frames for frames, _ in decoded)]),
             "item": np.repeat(np.arange(len(decoded)), [len(frames) for frames, _ in decoded]),

@@ -1,0 +1,138 @@
+"""The paper's ablation: `python training/ablate.py --config training/configs/ablation.yaml --train.data.roots DIR ...`.
+
+Trains every arm with every seed at equal steps (training/run.py), evaluates all of them on the same folds
+(training/evaluate.py) and writes one table. A finished training and a finished cell of the evaluation are kept, an
+interrupted training goes on from its checkpoint: start it again to go on.
+"""
+
+import copy
+import json
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training import config as configs  # noqa: E402
+from training import evaluate as evaluation  # noqa: E402
+from training import export, report, run  # noqa: E402
+from training.tasks import EvaluationError, load_task  # noqa: E402
+from uscl_hub.checkpoints import CheckpointError  # noqa: E402
+
+
+@dataclass
+class Config:
+    """Train and evaluate a list of arms."""
+
+    arms: tuple[str, ...] = ("random", "simclr", "uscl/standard/3", "uscl/inner/3", "meta_uscl/standard/3")
+    """'random', 'simclr', or METHOD/MODE/K: uscl or meta_uscl, standard or inner, frames that span a pair."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of training and evaluation."""
+    out: str = "runs/ablation"
+    """ablation.md, a training each arm and seed, evaluation/ with its report."""
+    train: configs.Config = field(default_factory=configs.Config)
+    """What all trainings share; method, pairs.mode, pairs.frames, seed, out and data.cache are set by the arm."""
+    evaluate: evaluation.Config = field(default_factory=evaluation.Config)
+    """How all are evaluated; backbones, seeds, out and cache are set."""
+
+
+def main(config: Config) -> Path:
+    """Train what is missing, evaluate, and return the table's path. Raises EvaluationError or CheckpointError."""
+    out = Path(config.out)
+    backbones = {arm: f"{arm}=random:{export.architecture(config.train.model.name)}" for arm in config.arms}
+    trainings = {(arm, s): training(config, arm, s) for arm in config.arms for s in config.seeds if arm != "random"}
+    if trainings and not config.train.data.roots:
+        raise EvaluationError("train.data.roots: name the folders of clips to train on")
+    backbones |= {arm: f"{arm}={out / 'training' / slug(arm)}-{{seed}}/export" for arm, _ in trainings}
+    settings = replace(
+        config.evaluate,
+        backbones=tuple(backbones.values()),
+        seeds=config.seeds,
+        out=str(out / "evaluation"),
+        cache=str(out / "evaluation_cache"),
+    )
+    evaluation.check(settings)
+    for name in settings.tasks:  # what cannot be evaluated is better known before the training
+        load_task(name, Path(settings.data), Path(settings.blues))
+    for number, ((arm, seed), one) in enumerate(trainings.items(), start=1):
+        print(f"training {number} of {len(trainings)}: {arm}, seed {seed}", flush=True)
+        train(one)
+    evaluation.main(settings)
+    result = json.loads((out / "evaluation" / "results.json").read_text(encoding="utf-8"))
+    (out / "ablation.md").write_text(table(result), encoding="utf-8")
+    print(table(result))
+    return out / "ablation.md"
+
+
+def slug(arm: str) -> str:
+    return arm.replace("/", "-")
+
+
+def training(config: Config, arm: str, seed: int) -> configs.Config:
+    """The settings of one training. Raises EvaluationError for an arm that does not exist."""
+    method, *rest = arm.split("/")
+    one = copy.deepcopy(config.train)
+    one.method, one.seed, one.out = method, seed, str(Path(config.out) / "training" / f"{slug(arm)}-{seed}")
+    one.data.cache, one.resume = str(Path(config.out) / "frames"), True
+    if method in ("uscl", "meta_uscl") and len(rest) == 2 and rest[0] in ("standard", "inner") and rest[1].isdigit():
+        one.pairs.mode, one.pairs.frames = rest[0], int(rest[1])
+    elif arm != "simclr":
+        raise EvaluationError(
+            f"arms: {arm!r} is not 'random', 'simclr', or like 'uscl/standard/3', 'meta_uscl/inner/2'"
+        )
+    return one
+
+
+def train(one: configs.Config):
+    """Train unless the very same training is finished."""
+    folder = Path(one.out)
+    if (folder / "config.yaml").is_file():
+        before = configs.load(configs.Config, folder / "config.yaml")
+        if before != one:
+            raise EvaluationError(f"{folder}: holds a training with other settings; choose another --out or remove it")
+        if (folder / "export" / "README.md").is_file():  # written last
+            return
+    run.main(one)
+    if not (folder / "export" / "README.md").is_file():
+        raise EvaluationError("stopped; start it again to go on")
+
+
+def table(result: dict) -> str:
+    """Markdown: a line an arm, a column a task, protocol and share of labels; differences are from the first arm."""
+    arms = list(result["backbones"])
+    rows = [r for r in result["results"] if r["level"] != "frame"]
+    keys = ("task", "protocol", "fraction")
+    columns = list(dict.fromkeys(tuple(r[key] for key in keys) for r in rows))
+    metric = {column: "Dice" if column[0] == "busi_seg" else "macro-F1" for column in columns}
+    cells = {(r["backbone"], *(r[key] for key in keys)): r["metrics"] for r in rows}
+    verdicts = {
+        (d["backbone"], *(d[key] for key in keys)): {"better": " ▲", "worse": " ▼"}.get(d["verdict"], "")
+        for d in result["differences"]
+        if d["against"] == arms[0] and d["level"] != "frame" and d["metric"] == metric[tuple(d[key] for key in keys)]
+    }
+
+    def cell(arm, column):
+        found = cells.get((arm, *column))
+        return "–" if found is None else report.interval(found[metric[column]]) + verdicts.get((arm, *column), "")
+
+    head = [
+        f"{result['tasks'][task]['title']}, {report.NAMES[protocol]}, {fraction:.0%} of labels: {metric[column]} (%)"
+        for column in columns
+        for task, protocol, fraction in [column]
+    ]
+    steps = [result["backbones"][arm]["provenance"].get("steps", 0) for arm in arms]
+    lines = [[arm, n, *(cell(arm, column) for column in columns)] for arm, n in zip(arms, steps)]
+    seeds = ", ".join(map(str, result["config"]["seeds"]))
+    return (
+        f"# Ablation\n\nMethod/pairs/K; seeds {seeds}, pooled. ▲ better, ▼ worse than {arms[0]}: the 95 % interval of "
+        "the paired difference excludes 0. The rest is in evaluation/report.html.\n\n"
+        f"{report.table(['arm', 'steps', *head], lines)}\n"
+    )
+
+
+if __name__ == "__main__":
+    settings = configs.cli(Config, __doc__)
+    try:
+        main(settings)
+    except (EvaluationError, CheckpointError) as error:
+        sys.exit(f"ablate.py: {error}")
