@@ -33,13 +33,25 @@ def recorded(network, x, params=None):
         params: tensors by parameter (and buffer) name to use in place of the network's own, or None.
 
     Returns:
-        The network's output, and the tape for `tangent`: outputs of the convolutions, statistics of the batch
-        norms, outputs and indices of the max pooling. It costs no memory while the autograd graph is alive, which
-        holds the same tensors.
+        The network's output (a tuple of tensors), and the tape for `tangent`: outputs of convolutions and max
+        pooling, its indices, statistics of batch norms, outputs of ReLUs. It costs no memory while the autograd
+        graph is alive, which holds the same tensors.
     """
     with _Recorder() as recorder:
         output = network(x) if params is None else functional_call(network, params, (x,))
-    return output, recorder.tape
+    returned = {o.untyped_storage().data_ptr() for o in output}
+    recorder.relus = [None if y.untyped_storage().data_ptr() in returned else y for y in recorder.relus]
+    return output, recorder
+
+
+def release(tape):
+    """Free the ReLUs' outputs, a third of a graph, until `tangent` needs and restores them.
+
+    A backward pass through the recorded graph must wait until then.
+    """
+    for y in tape.relus:
+        if y is not None:
+            y.untyped_storage().resize_(0)
 
 
 def tangent(network, x, tape, direction):
@@ -96,28 +108,32 @@ def _batch_norm_backward(grad, x, mean, rstd, weight, eps, wanted):
 
 
 class _Recorder(TorchFunctionMode):
+    """The tape: what each kind of layer computed, in the order of the calls."""
+
     def __init__(self):
         super().__init__()
-        self.tape = []
+        self.outputs, self.statistics, self.relus = [], [], []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.batch_norm:
             return self.batch_norm(*args, **kwargs)
+        indices = None
         if func is F.max_pool2d:
             output, indices = func(*args, **{**kwargs, "return_indices": True})
-            self.tape.append((output.detach(), indices))
-            return output
-        output = func(*args, **kwargs)
-        if func in CONVOLUTIONS:
-            self.tape.append(output.detach())
+        else:
+            output = func(*args, **kwargs)
+        if func in CONVOLUTIONS or func is F.max_pool2d:
+            self.outputs.append((output.detach(), output._version, indices))
+        elif func is F.relu:
+            self.relus.append(output.data)  # to be written to behind autograd's back
         return output
 
     def batch_norm(self, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
         if not training:
             return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         output, mean, rstd = _BatchNormPerView.apply(x, weight, bias, eps)
-        self.tape.append((mean, rstd))
+        self.statistics.append((mean, rstd))
         if running_mean is not None:
             n = x.numel() // x.shape[1] // VIEWS
             variance = (rstd.pow(-2) - eps) * (n / max(n - 1, 1))  # unbiased, as in nn.BatchNorm2d
@@ -131,7 +147,7 @@ class _Tangent(TorchFunctionMode):
 
     def __init__(self, tape):
         super().__init__()
-        self.tape = iter(tape)
+        self.outputs, self.statistics, self.relus = iter(tape.outputs), iter(tape.statistics), iter(tape.relus)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -140,16 +156,18 @@ class _Tangent(TorchFunctionMode):
         if func is F.batch_norm:
             return self.batch_norm(*args, **kwargs)
         if func is F.max_pool2d:
-            return self.max_pool(args[0])
+            return self.max_pool(*args, **kwargs)
         if func is F.relu:
             return self.relu(*args, **kwargs)
         return func(*args, **kwargs)
 
     def convolution(self, func, x, weight, bias=None, *rest, **kwargs):
-        y = next(self.tape)
+        y, version, _ = next(self.outputs)
         x, dx = forward_ad.unpack_dual(x)
         weight, dweight = forward_ad.unpack_dual(weight)
-        dbias = None if bias is None else forward_ad.unpack_dual(bias).tangent
+        bias, dbias = (None, None) if bias is None else forward_ad.unpack_dual(bias)
+        if y._version != version:  # overwritten by what came next, an activation in place
+            y = func(x, weight, bias, *rest, **kwargs)
         dy = func(x, dweight, dbias, *rest, **kwargs)
         if dx is not None:  # the images have no tangent
             dy += func(dx, weight, None, *rest, **kwargs)
@@ -158,7 +176,7 @@ class _Tangent(TorchFunctionMode):
     def batch_norm(self, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
         if not training:
             return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-        mean, rstd = next(self.tape)
+        mean, rstd = next(self.statistics)
         x, dx = forward_ad.unpack_dual(x)
         weight, dweight = (1.0, 0.0) if weight is None else forward_ad.unpack_dual(weight)
         bias, dbias = (0.0, 0.0) if bias is None else forward_ad.unpack_dual(bias)
@@ -177,15 +195,21 @@ class _Tangent(TorchFunctionMode):
         y, dy = torch.addcmul(shift, v, scale), torch.addcmul(drift, dv, scale).addcmul_(v, slope)
         return forward_ad.make_dual(*(t.flatten(0, 1).to(x.dtype) for t in (y, dy)))
 
-    @staticmethod
-    def relu(x, inplace=False):
+    def relu(self, x, inplace=False):
+        y = next(self.relus)
         x, dx = forward_ad.unpack_dual(x)
-        y, dy = F.relu(x, inplace), dx if inplace else torch.empty_like(dx)
-        return forward_ad.make_dual(y, torch.ops.aten.threshold_backward(dx, y, 0, grad_input=dy))
+        if y is None or y.untyped_storage().size():
+            y = F.relu(x)
+        else:
+            y.untyped_storage().resize_(x.numel() * x.element_size())
+            torch.clamp_min(x, 0, out=y)
+        return forward_ad.make_dual(y, torch.ops.aten.threshold_backward(dx, y, 0))
 
-    def max_pool(self, x):
-        y, indices = next(self.tape)
-        dx = forward_ad.unpack_dual(x).tangent
-        # channels last, in memory and in view: neither needs a copy
+    def max_pool(self, x, *args, **kwargs):
+        y, version, indices = next(self.outputs)
+        x, dx = forward_ad.unpack_dual(x)
+        if y._version != version:
+            y = F.max_pool2d(x, *args, **kwargs)
+        # as (N, H W, C): there, channels_last needs no copies
         dx, indices = (t.movedim(1, -1).flatten(1, 2) for t in (dx, indices))
         return forward_ad.make_dual(y, dx.gather(1, indices).view_as(y.movedim(1, -1)).movedim(-1, 1))

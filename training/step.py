@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from training import distributed
-from training.dual import recorded, scratch_buffers, tangent
+from training.dual import recorded, release, scratch_buffers, tangent
 from training.losses import info_nce
 
 
@@ -25,7 +25,7 @@ class Step(NamedTuple):
 
 def contrastive_step(encoder, optimizer, views, temperature, cmw=None):
     """One step of SimCLR / USCL: unweighted InfoNCE (or weighted by a CMW-Net that is not updated)."""
-    h, z, _ = forward(encoder, views)
+    h, z = forward(encoder, views)[:2]  # not the tape: it would keep what the backward pass frees
     weights = None if cmw is None else cmw(h).detach()
     loss = info_nce(z, weights, temperature)
     apply_gradients(encoder, optimizer, gradients(loss, encoder))
@@ -58,11 +58,13 @@ def meta_step(encoder, cmw, optimizer, cmw_optimizer, views, meta_views, tempera
     loss = info_nce(z, weights.detach() if delayed else weights, temperature)
     grads = gradients(loss, encoder, retain_graph=not delayed)
     ahead = look_ahead(encoder, optimizer, grads)
+    if direction == "exact":  # memory is scarcest in 3
+        release(tape)
     if not delayed:
-        del grads  # memory is scarcest in 3
+        del grads
 
     # 3. Unweighted loss of the clean pairs there, and its gradient.
-    _, meta_z, _ = forward(encoder, meta_views, {**ahead, **scratch_buffers(encoder)})
+    meta_z = forward(encoder, meta_views, {**ahead, **scratch_buffers(encoder)})[1]
     meta_loss = info_nce(meta_z, None, temperature)
     meta_grads = distributed.sum_(list(torch.autograd.grad(meta_loss, list(ahead.values()))))
     del ahead, meta_z
