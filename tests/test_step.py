@@ -111,6 +111,27 @@ def test_meta_gradient_equals_double_backward(name, delayed):
             assert value == before[key] + 1  # once a step
 
 
+@pytest.mark.parametrize("direction, tolerance", [("exact", 1e-9), ("difference", 1e-3)])
+def test_random_layers_draw_the_same_in_every_pass_at_the_same_weights(direction, tolerance):
+    encoder, cmw, optimizer, cmw_optimizer, views, meta_views = build(
+        "test_convnext", drop_path_rate=0.3, drop_rate=0.2
+    )
+    params = dict(encoder.named_parameters())
+    torch.manual_seed(3)
+    h, z = (t.unflatten(0, (2, -1)) for t in encoder(views))  # layer norm: the views do not touch each other
+    grads = torch.autograd.grad(naive_info_nce(z, cmw(h)), list(params.values()), create_graph=True)
+    group, state = optimizer.param_groups[0], optimizer.state
+    ahead = {
+        name: p - group["lr"] * (group["momentum"] * state[p]["momentum_buffer"] + g + group["weight_decay"] * p)
+        for (name, p), g in zip(params.items(), grads)
+    }
+    meta_z = functional_call(encoder, ahead, (meta_views,))[1].unflatten(0, (2, -1))
+    expected = torch.autograd.grad(naive_info_nce(meta_z), list(cmw.parameters()))
+    torch.manual_seed(3)
+    step.meta_step(encoder, cmw, optimizer, cmw_optimizer, views, meta_views, TEMPERATURE, direction=direction)
+    assert relative([p.grad for p in cmw.parameters()], expected) < tolerance
+
+
 def test_running_statistics_move_once_by_the_real_batch():
     encoder, cmw, optimizer, cmw_optimizer, views, meta_views = build("resnet18")
     bn = encoder.backbone.bn1

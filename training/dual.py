@@ -5,6 +5,7 @@ layers see them as one. `tangent` pushes a direction in weight space through the
 what the recorded pass has already computed.
 """
 
+import contextlib
 import warnings
 
 import torch
@@ -37,11 +38,27 @@ def recorded(network, x, params=None):
         pooling, its indices, statistics of batch norms, outputs of ReLUs. It costs no memory while the autograd
         graph is alive, which holds the same tensors.
     """
-    with _Recorder() as recorder:
+    with _Recorder(x.device) as recorder:
         output = network(x) if params is None else functional_call(network, params, (x,))
     returned = {o.untyped_storage().data_ptr() for o in output}
     recorder.relus = [None if y.untyped_storage().data_ptr() in returned else y for y in recorder.relus]
     return output, recorder
+
+
+@contextlib.contextmanager
+def same_random_numbers(tape):
+    """Dropout and the like draw again what they drew in the tape's pass; outside, the generators are as before."""
+    device, state = tape.rng
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        _generator(device).set_state(state)
+        yield
+
+
+def _generator(device):
+    if device.type == "cuda":
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return torch.default_generator
 
 
 def release(tape):
@@ -68,7 +85,7 @@ def tangent(network, x, tape, direction):
     buffers = scratch_buffers(network)
     with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no jvp
         params = {k: forward_ad.make_dual(p.detach(), direction[k]) for k, p in network.named_parameters()}
-        with _Tangent(tape):
+        with _Tangent(tape), same_random_numbers(tape):
             output = functional_call(network, {**params, **buffers}, (x,))
         return tuple(forward_ad.unpack_dual(o).tangent for o in output)
 
@@ -108,10 +125,11 @@ def _batch_norm_backward(grad, x, mean, rstd, weight, eps, wanted):
 
 
 class _Recorder(TorchFunctionMode):
-    """The tape: what each kind of layer computed, in the order of the calls."""
+    """The tape: what each kind of layer computed, in the order of the calls, and the random numbers' state before."""
 
-    def __init__(self):
+    def __init__(self, device):
         super().__init__()
+        self.rng = device, _generator(device).get_state()
         self.outputs, self.statistics, self.relus = [], [], []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from training import distributed
-from training.dual import recorded, release, scratch_buffers, tangent
+from training.dual import recorded, release, same_random_numbers, scratch_buffers, tangent
 from training.losses import info_nce
 
 
@@ -147,16 +147,12 @@ def push_forward(encoder, views, tape, direction, how="exact"):
         params = dict(encoder.named_parameters())
         norms = [torch.stack(torch._foreach_norm(list(d.values()))).norm() for d in (params, direction)]
         eps = 5e-6 * norms[0] / norms[1].clamp_min(torch.finfo(norms[1].dtype).tiny)
-        with torch.no_grad():
-            plus, minus = (
-                recorded(
-                    encoder,
-                    views,
-                    {**{k: p + sign * eps * direction[k] for k, p in params.items()}, **scratch_buffers(encoder)},
-                )[0]
-                for sign in (1, -1)
-            )
-        dh, dz = ((p.float() - m.float()) / (2 * eps) for p, m in zip(plus, minus))
+        outputs = []
+        for sign in (1, -1):
+            moved = {k: p + sign * eps * direction[k] for k, p in params.items()}
+            with torch.no_grad(), same_random_numbers(tape):
+                outputs.append(recorded(encoder, views, {**moved, **scratch_buffers(encoder)})[0])
+        dh, dz = ((p.float() - m.float()) / (2 * eps) for p, m in zip(*outputs))
     else:
         raise ValueError(f"meta.tangent: 'exact' or 'difference', not {how!r}")
     return global_pairs(dh), global_pairs(dz)
