@@ -101,6 +101,11 @@ def test_failures_are_one_plain_line(capsys, tmp_path):
         assert code == 1 and err.count("\n") == 1 and err.startswith("uscl-hub: ") and "Traceback" not in err
 
 
+def test_ctrl_c_is_no_traceback(capsys, monkeypatch):
+    monkeypatch.setattr(models, "releases", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(capsys, "list") == (1, "", "uscl-hub: interrupted; what was finished is kept\n")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -3,6 +3,8 @@ import warnings
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from uscl_hub.media import UnreadableClip, decode, find_clips, iter_frames
@@ -85,6 +87,22 @@ def test_frame_folder_in_natural_order(tmp_path):
     assert frames[:, 0, 0].tolist() == [1, 2, 9, 10, 100] and fps is None
     assert decode(clips["scan/deep/frame#.png"], stride=2, max_frames=2)[0][:, 0, 0].tolist() == [1, 9]
     assert clips["scan/deep/still.png"].kind == "image" and clips["scan/deep/#.jpg"].kind == "frames"
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    numbers=st.lists(st.integers(0, 2000), min_size=2, max_size=12, unique=True),
+    before=st.text("ab_- .", max_size=4).filter(lambda text: not text.startswith(".")),
+    after=st.text("xy-", max_size=2),
+    digits=st.integers(1, 6),
+)
+def test_any_numbering_is_one_clip_in_the_numbers_order(tmp_path_factory, numbers, before, after, digits):
+    root = tmp_path_factory.mktemp("n")
+    for number in numbers:
+        Image.new("L", (8, 8), number % 251).save(root / f"{before}{number:0{digits}d}{after}.png")
+    (clip,) = find_clips([root])
+    assert clip.kind == "frames" and not clip.id.startswith("/") and ".." not in clip.id.split("/")
+    assert decode(clip)[0][:, 0, 0].tolist() == [number % 251 for number in sorted(numbers)]
 
 
 def test_numbered_images_of_different_sizes_are_separate(tmp_path):

@@ -168,7 +168,9 @@ def search(query, features, *, k: int = 5, sheet=None, device: str = "cpu") -> l
     similarity = unit @ (vector / max(np.linalg.norm(vector), 1e-12))
     best = sorted(others, key=lambda i: -similarity[i])[:k]
     if sheet:
-        tiles = [("query", picture)] + [(f"{similarity[i]:.3f} {ids[i]}", thumbnails[i]) for i in best]
+        tiles = [(f"query {Path(query).name}", picture)] + [
+            (f"{similarity[i]:.3f} {ids[i]}", thumbnails[i]) for i in best
+        ]
         write_whole(sheet, lambda file: _contact_sheet(tiles).save(file, "PNG"))
     counts = table["frames"].to_pylist()
     return [{"clip": ids[i], "similarity": float(similarity[i]), "frames": counts[i]} for i in best]
