@@ -30,15 +30,15 @@ def trained(tmp_path_factory):
     """An export that was pretrained on patient_3 of the simulated COVID-BLUES."""
     provenance = {"method": "uscl", "steps": 3, "seed": 0, "sources": [], "metrics": {}, "manifest_sha256": ""}
     provenance |= {"groups": [fingerprint("patient_3")], "clips": []}
-    model = timm.create_model("resnet18", num_classes=0)
-    return export(model, "meta_uscl_resnet18", 32, tmp_path_factory.mktemp("trained") / "export", provenance)
+    model = timm.create_model("test_resnet", num_classes=0)
+    return export(model, "test_resnet", 32, tmp_path_factory.mktemp("trained") / "export", provenance)
 
 
 @pytest.fixture(scope="module")
 def config(downstream, trained, tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluation")
     return Config(
-        backbones=("random:resnet18", f"ours={trained}"),
+        backbones=("random:test_resnet", f"ours={trained}"),
         tasks=("pocus", "busi", "blues", "busi_seg"),
         protocols=("knn", "linear", "finetune_last"),
         fractions=(0.7, 1.0),
@@ -61,7 +61,7 @@ def config(downstream, trained, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def out(config):
-    Path(config.model_card).write_text(f"# Card\n\nby hand\n\n{report.BEGIN}\nold\n{report.END}\n\nby hand too\n")
+    Path(config.model_card).write_text(f"# Card\n\nby hand\n\n{report.BEGIN}\noutdated\n{report.END}\n\nby hand too\n")
     return evaluate.main(config)
 
 
@@ -73,9 +73,9 @@ def result(out):
 def test_every_cell_is_there_with_every_metric(result):
     cells = {(r["task"], r["backbone"], r["protocol"], r["fraction"], r["level"]) for r in result["results"]}
     backbones = {
-        "pocus": ("random:resnet18", "ours"),
-        "busi": ("random:resnet18", "ours"),
-        "blues": ("random:resnet18",),
+        "pocus": ("random:test_resnet", "ours"),
+        "busi": ("random:test_resnet", "ours"),
+        "blues": ("random:test_resnet",),
     }
     levels = {"pocus": ("video", "frame"), "blues": ("video", "frame"), "busi": ("image",)}
     expected = {
@@ -117,13 +117,15 @@ def test_what_is_needed_to_redo_it(result, config, out):
     assert configs.load(Config, out / "config.yaml") == config
     pocus = result["tasks"]["pocus"]
     assert len(pocus["items"]) == 19 and len(pocus["folds"]["0"]) == 19 and pocus["folds"]["0"] != pocus["folds"]["1"]
-    assert len(result["backbones"]["random:resnet18"]["sha"]) == 2 and len(result["backbones"]["ours"]["sha"]) == 1
+    assert len(result["backbones"]["random:test_resnet"]["sha"]) == 2 and len(result["backbones"]["ours"]["sha"]) == 1
     assert result["backbones"]["ours"]["provenance"]["method"] == "uscl"
 
 
 def test_differences_are_between_backbones_of_the_same_kind(result):
     found = [d for d in result["differences"] if d["task"] == "pocus" and d["level"] == "video"]
-    assert len(found) == 3 * 2 * 13 and {(d["backbone"], d["against"]) for d in found} == {("ours", "random:resnet18")}
+    assert len(found) == 3 * 2 * 13 and {(d["backbone"], d["against"]) for d in found} == {
+        ("ours", "random:test_resnet")
+    }
     for d in result["differences"]:
         values = [
             r["metrics"][d["metric"]]["value"]
@@ -138,9 +140,9 @@ def test_differences_are_between_backbones_of_the_same_kind(result):
 
 def test_the_report_is_one_file_and_says_what_was_left_out(out):
     page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page) and page.count("data:image/png;base64,") == 17
+    assert not re.search(r'(src|href)="(?!data:)', page) and page.count("data:image/png;base64,") == 18
     pictures = re.findall(r"\]\((figures/.*?)\)", text)
-    assert len(pictures) == 17 and all((out / p).stat().st_size > 3000 for p in pictures)
+    assert len(pictures) == 18 and all((out / p).stat().st_size > 3000 for p in pictures)
     for kind in ("bars", "labels", "confusion", "roc", "tsne"):
         assert f"figures/pocus_{kind}.png" in pictures
     assert "figures/busi_seg_overlays.png" in pictures
@@ -154,7 +156,7 @@ def test_the_report_is_one_file_and_says_what_was_left_out(out):
 def test_the_model_card_changes_between_its_markers_only(config, out, result):
     text = Path(config.model_card).read_text()
     assert text.startswith(f"# Card\n\nby hand\n\n{report.BEGIN}\n*Written by") and text.endswith("\n\nby hand too\n")
-    assert "old" not in text and "| ours | linear probe | 100% | video |" in text
+    assert "outdated" not in text and "| ours | linear probe | 100% | video |" in text
     report.update_model_card(Path(config.model_card), result)
     assert Path(config.model_card).read_text() == text
     bare = out / "CARD.md"
@@ -175,7 +177,7 @@ def test_a_second_run_computes_nothing_and_says_the_same(config, out, result, mo
 
 def test_an_interrupted_run_goes_on_with_the_next_cell(config, tmp_path, monkeypatch):
     small = replace(
-        config, tasks=("busi",), backbones=("random:resnet18",), protocols=("knn", "linear"), fractions=(1.0,),
+        config, tasks=("busi",), backbones=("random:test_resnet",), protocols=("knn", "linear"), fractions=(1.0,),
         out=str(tmp_path / "out"), cache=str(tmp_path / "cache"), model_card="",
     )  # fmt: skip
     computed, compute = [], protocols.out_of_fold
@@ -211,7 +213,7 @@ def test_a_leak_ends_the_run_before_anything_is_computed(config, tmp_path):
         ({"leaks": "ignore"}, "leaks: no 'ignore'"),
         ({"segment": Segment(heads=("fcn",))}, "segment.heads: no 'fcn'"),
         ({"backbones": ()}, "backbones: give at least one"),
-        ({"backbones": ("random:resnet18",) * 2}, "not all different"),
+        ({"backbones": ("random:test_resnet",) * 2}, "not all different"),
         ({"fractions": (0.0,)}, "fractions in"),
         ({"device": "tpu"}, "device: no 'tpu'"),
     ],

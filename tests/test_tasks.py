@@ -12,7 +12,7 @@ from PIL import Image
 from training import tasks
 from training.cache import FrameCache, ingest
 from training.tasks import TaskError, load_frames, load_task, make_folds
-from uscl_hub.embed import read_clip
+from uscl_hub.clips import read_clip
 from uscl_hub.media import find_clips
 
 DATA = Path(os.environ.get("USCL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -131,7 +131,7 @@ def test_one_preprocessing_in_training_evaluation_and_deployment(downstream, tmp
     for i, item in enumerate(task.items):
         evaluated = frames.images[frames.item == i]
         trained = cache.clip([Path(name).name for name in cache.ids].index(item.path.name))
-        deployed, _ = read_clip(find_clips([item.path])[0], 32, crop=crop)
+        deployed = read_clip(find_clips([item.path])[0], 32, crop=crop).images  # what `uscl-hub embed` shows a model
         assert evaluated.shape == trained.shape == deployed.shape
         assert not (evaluated != trained).any() and not (evaluated != deployed).any()
 

@@ -7,6 +7,7 @@ interrupted training goes on from its checkpoint: start it again to go on.
 
 import copy
 import json
+import re
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -74,7 +75,12 @@ def training(config: Config, arm: str, seed: int) -> configs.Config:
     one = copy.deepcopy(config.train)
     one.method, one.seed, one.out = method, seed, str(Path(config.out) / "training" / f"{slug(arm)}-{seed}")
     one.data.cache, one.resume = str(Path(config.out) / "frames"), True
-    if method in ("uscl", "meta_uscl") and len(rest) == 2 and rest[0] in ("standard", "inner") and rest[1].isdigit():
+    if (
+        method in ("uscl", "meta_uscl")
+        and len(rest) == 2
+        and rest[0] in ("standard", "inner")
+        and re.fullmatch(r"[1-9]\d*", rest[1])
+    ):
         one.pairs.mode, one.pairs.frames = rest[0], int(rest[1])
     elif arm != "simclr":
         raise EvaluationError(

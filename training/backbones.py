@@ -113,15 +113,9 @@ def find_leaks(backbone: Backbone, task: Task) -> list[str]:
     for item in task.items:
         series = re.sub(r"\d+(?=\D*$)", "#", Path(item.id).stem)  # numbered images of one folder are one clip
         names = {item.group, *item.aliases, item.id, str(Path(item.id).with_name(series + item.path.suffix.lower()))}
-        if groups & (names | set(map(fingerprint, names))) or clips and clips & content_hashes(item.path):
+        if groups & (names | set(map(fingerprint, names))) or clips and sha256(item.path) in clips:
             leaks[item.group] = None
     return list(leaks)
-
-
-def content_hashes(path: Path) -> set[str]:
-    """The file's sha256 and the frame cache's hash of a one-file clip (training/cache.py)."""
-    digest = sha256(path)
-    return {digest, hashlib.sha256(bytes.fromhex(digest)).hexdigest()}
 
 
 def refuse_leaks(backbone: Backbone, task: Task):

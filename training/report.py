@@ -5,7 +5,6 @@ of a model card. `python training/report.py FOLDER` writes it again.
 import base64
 import html
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np  # noqa: E402
 from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay  # noqa: E402
 
 from training.tasks import EvaluationError  # noqa: E402
+from uscl_hub.files import write_whole  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NAMES = {
@@ -90,6 +90,11 @@ def about(result: dict) -> str:
     return "\n\n".join(parts)
 
 
+def _order(row: dict) -> tuple:
+    """What is to be compared stands together: backbones are the last to change."""
+    return list(NAMES).index(row["protocol"]), row["fraction"], row["level"] == "frame"
+
+
 def _kind(row: dict) -> list[str]:
     return [row["backbone"], NAMES[row["protocol"]], f"{row['fraction']:.0%}", row["level"]]
 
@@ -98,7 +103,7 @@ def markdown_tables(result: dict) -> str:
     """For every task its results, the differences from the first backbone, and the results by class."""
     parts, head = [], ["backbone", "protocol", "labels", "level"]
     for name, task in result["tasks"].items():
-        rows = [r for r in result["results"] if r["task"] == name]
+        rows = sorted((r for r in result["results"] if r["task"] == name), key=_order)
         if not rows:
             continue
         metrics = [m for m in METRICS if any(m in r["metrics"] for r in rows)]
@@ -108,10 +113,10 @@ def markdown_tables(result: dict) -> str:
         undefined = max(e["undefined_draws"] for r in rows for e in r["metrics"].values())
         if undefined:
             parts.append(f"Up to {undefined} draws lacked a class; the intervals are of the others.")
-        first = rows[0]["backbone"]
+        first = rows[0]["backbone"]  # of what was tested on this task
         found = [
             [*_kind(d), d["metric"], interval(d, "+"), d["verdict"]]
-            for d in result["differences"]
+            for d in sorted(result["differences"], key=_order)
             if d["task"] == name and d["against"] == first and d["metric"] in COMPARED
         ]
         if found:
@@ -157,10 +162,8 @@ def update_model_card(path: Path, result: dict):
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     note = "*Written by training/evaluate.py; changes by hand are lost.*"
-    partial = path.with_name(path.name + ".tmp")
     body = "\n\n".join([note, about(result), markdown_tables(result)])
-    partial.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, lambda part: part.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8"))
 
 
 # --------------------------------------------------------------------------------------------------------- plots

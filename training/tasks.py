@@ -21,7 +21,8 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 
 from uscl_hub.checkpoints import sha256
-from uscl_hub.crop import apply_region, detect_region, sample
+from uscl_hub.clips import read_clip
+from uscl_hub.files import write_whole
 from uscl_hub.media import IMAGE, VIDEO, Clip, UnreadableClip, decode
 from uscl_hub.preprocess import resize
 
@@ -320,15 +321,17 @@ def load_frames(
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # decoders and resizing release the GIL
             decoded = list(pool.map(_decode, jobs))
         return {
-            "images": np.concatenate([np.zeros((0, px, px), np.uint8), *(frames for frames, _ in decoded)]),
-            "item": np.repeat(np.arange(len(decoded)), [len(frames) for frames, _ in decoded]),
-            "reasons": np.array([reason for _, reason in decoded]),
+            "images": np.concatenate([np.zeros((0, px, px), np.uint8), *(frames for frames, _, _ in decoded)]),
+            "item": np.repeat(np.arange(len(decoded)), [len(frames) for frames, _, _ in decoded]),
+            "reasons": np.array([reason for _, reason, _ in decoded]),
+            "notes": np.array([note for _, _, note in decoded]),
         }
 
     described = ["frames", px, rate, crop, [(item.id, sha256(item.path)) for item in task.items]]
     saved = cached(cache, described, decode_all)
     unreadable = np.flatnonzero(saved["reasons"] != "")
     task.excluded += [(task.items[i].id, f"unreadable: {saved['reasons'][i]}") for i in unreadable]
+    task.notes += [f"{item.id}: {note}" for item, note in zip(task.items, saved["notes"]) if note]
     kept = np.setdiff1d(np.arange(len(task.items)), unreadable)
     task.items = [task.items[i] for i in kept]
     check_excluded(task, max_excluded)
@@ -345,13 +348,14 @@ def cached(folder: Path, described: list, make: Callable[[], dict[str, np.ndarra
     file = Path(folder) / f"{described[0]}-{digest([VERSION, *described])}.npz"
     if not file.exists():
         arrays = make()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.tmp")
-        with open(partial, "wb") as out:
-            np.savez(out, **arrays)
-        os.replace(partial, file)
+        write_whole(file, lambda path: _savez(path, arrays))
     with np.load(file) as saved:
         return dict(saved)
+
+
+def _savez(path: Path, arrays: dict[str, np.ndarray]):
+    with open(path, "wb") as file:  # given a path, numpy adds .npz to it
+        np.savez(file, **arrays)
 
 
 def check_excluded(task: Task, max_excluded: float):
@@ -363,16 +367,14 @@ def check_excluded(task: Task, max_excluded: float):
         )
 
 
-def _decode(job) -> tuple[np.ndarray, str]:
-    """Frames, uint8 (T, px, px), and the reason why there are none. The region is found as in training and `embed`."""
+def _decode(job) -> tuple[np.ndarray, str, str]:
+    """Frames, uint8 (T, px, px), the reason why there are none, and what a reader should know of them."""
     item, px, rate, crop = job
     try:
-        frames, fps = decode(Clip(item.id, "", item.kind, (item.path,)))
+        clip = read_clip(Clip(item.id, "", item.kind, (item.path,)), px, crop=crop)
     except UnreadableClip as error:
-        return np.zeros((0, px, px), np.uint8), error.reason
-    if crop != "none":
-        frames = apply_region(frames, detect_region(sample(frames)), crop)
-    return np.stack([resize(np.ascontiguousarray(frames[i]), px) for i in frame_numbers(len(frames), fps, rate)]), ""
+        return np.zeros((0, px, px), np.uint8), error.reason, ""
+    return clip.images[frame_numbers(len(clip.images), clip.fps, rate)], "", "; ".join(clip.notes)
 
 
 def frame_numbers(frames: int, fps: float | None, rate: float) -> np.ndarray:
