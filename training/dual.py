@@ -199,7 +199,8 @@ class _Tangent(TorchFunctionMode):
         weight, dweight = (1.0, 0.0) if weight is None else forward_ad.unpack_dual(weight)
         bias, dbias = (0.0, 0.0) if bias is None else forward_ad.unpack_dual(bias)
 
-        # y = weight x^ + bias with x^ = (x - mean) rstd; dx^ = rstd (dx - average of dx - x^ average of x^ dx).
+        # y = weight x^ + bias, x^ = (x - mean) rstd, dx^ = rstd (dx - average of dx - x^ average of x^ dx), where
+        # the normalisation's backward pass has the two sums. Two fused passes over x and dx do the rest.
         one, n = torch.ones_like(mean[0]), x.numel() // x.shape[1] // VIEWS
         views = zip(dx.chunk(VIEWS), x.chunk(VIEWS), mean, rstd)
         sums = [_batch_norm_backward(*v, one, eps, [False, True, True])[1:] for v in views]
@@ -214,14 +215,11 @@ class _Tangent(TorchFunctionMode):
         return forward_ad.make_dual(*(t.flatten(0, 1).to(x.dtype) for t in (y, dy)))
 
     def relu(self, x, inplace=False):
-        y = next(self.relus)
-        x, dx = forward_ad.unpack_dual(x)
-        if y is None or y.untyped_storage().size():
-            y = F.relu(x)
-        else:
-            y.untyped_storage().resize_(x.numel() * x.element_size())
-            torch.clamp_min(x, 0, out=y)
-        return forward_ad.make_dual(y, torch.ops.aten.threshold_backward(dx, y, 0))
+        kept, output = next(self.relus), F.relu(x, inplace)
+        if kept is not None and kept.untyped_storage().size() == 0:  # see `release`
+            kept.untyped_storage().resize_(kept.numel() * kept.element_size())
+            kept.copy_(forward_ad.unpack_dual(output).primal)
+        return output
 
     def max_pool(self, x, *args, **kwargs):
         y, version, indices = next(self.outputs)
