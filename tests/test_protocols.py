@@ -20,7 +20,7 @@ from uscl_hub.preprocess import create_transform, resize
 
 @pytest.fixture(scope="module")
 def backbone():
-    return load_backbone("random:resnet18", 0, 32)
+    return load_backbone("random:test_resnet", 0, 32)
 
 
 def write_export(folder, groups=(), clips=(), name="meta_uscl_resnet18"):
@@ -162,7 +162,7 @@ def test_features_are_computed_once_and_must_be_finite(backbone, tmp_path, monke
     monkeypatch.undo()
     broken = copy.copy(backbone)
     broken.model, broken.sha = copy.deepcopy(backbone.model), "broken"
-    broken.model.conv1.weight.data[0] = torch.nan
+    next(broken.model.parameters()).data[0] = torch.nan
     with pytest.raises(EvaluationError, match="not finite"):
         protocols.features(broken, frames, tmp_path, "cpu")
 
@@ -186,10 +186,10 @@ def test_before_and_after_the_last_block_is_the_whole_model(name):
         assert torch.allclose(classifier(entering), whole, atol=1e-4)
 
 
-def test_last_three_is_the_paper_s(backbone, monkeypatch):
+def test_last_three_is_the_paper_s(monkeypatch):
     """layer4's last block and the head, Adam at 0.01, weight decay 1e-4, cosine to 0, 30 epochs of batches of 128."""
     assert evaluate.Config().last == FineTune(epochs=30, lr=0.01, batch=128)
-    made, rates, sizes = {}, [], []
+    backbone, made, rates, sizes = load_backbone("random:resnet18", 0, 32), {}, [], []
 
     class Spy(torch.optim.Adam):
         def __init__(self, parameters, **kwargs):
@@ -217,12 +217,12 @@ def test_last_three_is_the_paper_s(backbone, monkeypatch):
 def test_fine_tuning_learns_and_is_reproducible(backbone, last):
     images, labels = bright_or_dark(49)
     x = protocols.before_last_block(backbone, images, "cpu") if last else images
-    before, state = backbone.model.layer4[1].conv1.weight.clone(), torch.get_rng_state()
+    before, state = backbone.model.layer4[-1].conv1.weight.clone(), torch.get_rng_state()
     args = backbone, last, x[:33], labels[:33], x[33:], 2, FineTune(30 if last else 4, 1e-3, 16), 3, "cpu"
     found = protocols.finetune(*args)
     assert (found.argmax(1) == labels[33:]).mean() > 0.9 and found.sum(1) == pytest.approx(np.ones(16))
     assert np.array_equal(found, protocols.finetune(*args))
-    assert torch.equal(before, backbone.model.layer4[1].conv1.weight) and torch.equal(state, torch.get_rng_state())
+    assert torch.equal(before, backbone.model.layer4[-1].conv1.weight) and torch.equal(state, torch.get_rng_state())
 
 
 def test_a_diverged_fine_tuning_is_said(backbone):

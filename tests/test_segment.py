@@ -15,7 +15,7 @@ from training.tasks import EvaluationError, load_task, make_folds
 
 @pytest.fixture(scope="module")
 def backbone():
-    return load_backbone("random:resnet18", 0, 64)
+    return load_backbone("random:test_resnet", 0, 64)
 
 
 def load(root):
@@ -116,7 +116,7 @@ def test_the_unet_learns(backbone):
 
 def test_mask_rcnn_learns(backbone):
     images, masks = squares(22, 48)
-    recipe = Segment(px=48, epochs=7, batch=4, lr=2e-3)
+    recipe = Segment(px=48, epochs=10, batch=4, lr=4e-3)
     model = segment.train("maskrcnn", backbone, images[:16], masks[:16], recipe, 0, "cpu")
     predicted, instances = segment.predict("maskrcnn", model, backbone, images[16:], "cpu")
     assert segment.image_metrics(predicted, masks[16:])["Dice"].mean() > 0.5

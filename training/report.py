@@ -180,7 +180,7 @@ def draw(result: dict, arrays: dict, folder: Path) -> list[tuple[Path, str]]:
         drawn.append((folder / f"{name}.png", caption))
 
     for name, task in result["tasks"].items():
-        rows = [r for r in result["results"] if r["task"] == name and r["level"] != "frame"]
+        rows = sorted((r for r in result["results"] if r["task"] == name and r["level"] != "frame"), key=_order)
         if not rows:
             continue
         title, metric = task["title"], "macro-F1" if "macro-F1" in rows[0]["metrics"] else "Dice"

@@ -23,6 +23,8 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork, masks_to_boxes
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -33,6 +35,7 @@ from training.tasks import EvaluationError, Task, cached, label_subset, load_fra
 from uscl_hub.preprocess import resize
 
 HEADS = ("unet", "maskrcnn")
+WIDTH = 128  # channels of the pyramid and of the Mask R-CNN's heads
 
 
 @dataclass
@@ -89,10 +92,10 @@ def _merged(image: Path, masks: tuple[Path, ...], px: int) -> np.ndarray:
 class _Pyramid(nn.Module):
     """The backbone's feature maps (strides 4 to 32) through an FPN, as torchvision's detectors want them."""
 
-    def __init__(self, body: nn.Module, width: int = 128):
+    def __init__(self, body: nn.Module):
         super().__init__()
-        self.body, self.out_channels = body, width
-        self.fpn = FeaturePyramidNetwork(body.feature_info.channels(), width, extra_blocks=LastLevelMaxPool())
+        self.body, self.out_channels = body, WIDTH
+        self.fpn = FeaturePyramidNetwork(body.feature_info.channels(), WIDTH, extra_blocks=LastLevelMaxPool())
 
     def forward(self, x):
         return self.fpn(OrderedDict((str(i), f) for i, f in enumerate(self.body(x))))
@@ -131,18 +134,22 @@ def build(head: str, backbone: Backbone, px: int) -> nn.Module:
     sizes = tuple((px * share,) for share in (1 / 12, 1 / 6, 1 / 4, 1 / 2.5, 1 / 1.4))
     return MaskRCNN(
         _Pyramid(body),
-        num_classes=2,
         min_size=px,
         max_size=px,
         image_mean=[0.0] * 3,
         image_std=[1.0] * 3,  # the input is normalised already
         rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5),
+        # heads of a quarter of torchvision's width: its mask head costs more than everything else together
+        box_head=TwoMLPHead(WIDTH * 7**2, 256),
+        box_predictor=FastRCNNPredictor(256, 2),
+        mask_head=MaskRCNNHeads(WIDTH, (WIDTH, WIDTH), 1),
+        mask_predictor=MaskRCNNPredictor(WIDTH, WIDTH, 2),
         box_detections_per_img=10,  # one lesion an image: torchvision's numbers are for crowded photographs
         rpn_pre_nms_top_n_train=500,
         rpn_pre_nms_top_n_test=200,
         rpn_post_nms_top_n_train=200,
         rpn_post_nms_top_n_test=100,
-        box_batch_size_per_image=64,
+        box_batch_size_per_image=32,
     )
 
 
