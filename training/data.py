@@ -7,6 +7,7 @@ ranks or a prefetching thread sees the very same batches.
 import queue
 import threading
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -63,8 +64,12 @@ def make_batch(cache, clips, config: Pairs, key, part=slice(None)):
 def train_clips(clips, step, batch, seed):
     """The clips of step `step`: each epoch is a fresh random order of all clips; its incomplete end is left out."""
     epoch, i = divmod(step, len(clips) // batch)
-    order = np.random.default_rng((seed, ORDER, epoch)).permutation(len(clips))
-    return clips[order[i * batch : (i + 1) * batch]]
+    return clips[epoch_order(len(clips), seed, epoch)[i * batch : (i + 1) * batch]]
+
+
+@lru_cache(maxsize=1)
+def epoch_order(n, seed, epoch):
+    return np.random.default_rng((seed, ORDER, epoch)).permutation(n)
 
 
 def meta_clips(clips, step, batch, seed):

@@ -110,17 +110,16 @@ def split_groups(
     table = np.array([[counts[group][kind] for kind in kinds] for group in order], dtype=float)
     share = np.array([fractions[name] for name in names], dtype=float)
     share /= share.sum()
-    wanted = share[:, None] * table.sum(0)
-
+    missing = share[:, None] * table.sum(0)  # clips of each stratum that a split still wants
+    weight = table / table.sum(0)
     shuffled = np.random.default_rng(seed).permutation(len(order))
     shuffled = shuffled[np.argsort(-table[shuffled].sum(1), kind="stable")]
-    have = np.zeros_like(wanted)
-    home = {}
+    empty, home = set(range(len(names))), {}
     for left, i in zip(range(len(order), 0, -1), shuffled):
         # a group goes where most clips of its strata are still missing
-        missing = ((wanted - have) * (table[i] / table.sum(0))).sum(1)
-        empty = [s for s in range(len(names)) if not have[s].any()]
-        choice = max(empty if left <= len(empty) else range(len(names)), key=lambda s: (missing[s], share[s], -s))
-        have[choice] += table[i]
+        need = (missing @ weight[i]).tolist()
+        choice = max(empty if left <= len(empty) else range(len(names)), key=lambda s: (need[s], share[s], -s))
+        missing[choice] -= table[i]
+        empty.discard(choice)
         home[order[i]] = names[choice]
     return [home[group] for group in groups]
