@@ -40,7 +40,7 @@ def config(downstream, trained, tmp_path_factory):
     return Config(
         backbones=("random:test_resnet", f"ours={trained}"),
         tasks=("pocus", "busi", "blues", "busi_seg"),
-        protocols=("knn", "linear", "finetune_last"),
+        protocols=("knn", "linear", "finetune_last", "finetune_full"),
         fractions=(0.7, 1.0),
         seeds=(0, 1),
         folds=2,
@@ -82,7 +82,7 @@ def test_every_cell_is_there_with_every_metric(result):
         (task, b, p, f, level)
         for task, names in backbones.items()
         for b in names
-        for p in ("knn", "linear", "finetune_last")
+        for p in ("knn", "linear", "finetune_last", "finetune_full")
         for f in (0.7, 1.0)
         for level in levels[task]
     }
@@ -123,7 +123,7 @@ def test_what_is_needed_to_redo_it(result, config, out):
 
 def test_differences_are_between_backbones_of_the_same_kind(result):
     found = [d for d in result["differences"] if d["task"] == "pocus" and d["level"] == "video"]
-    assert len(found) == 3 * 2 * 13 and {(d["backbone"], d["against"]) for d in found} == {
+    assert len(found) == 4 * 2 * 13 and {(d["backbone"], d["against"]) for d in found} == {
         ("ours", "random:test_resnet")
     }
     for d in result["differences"]:
@@ -167,7 +167,7 @@ def test_the_model_card_changes_between_its_markers_only(config, out, result):
 
 
 def test_a_second_run_computes_nothing_and_says_the_same(config, out, result, monkeypatch):
-    for module, name in ((protocols, "out_of_fold"), (protocols, "compute"), (segment, "train")):
+    for module, name in ((protocols, "knn"), (protocols, "linear"), (protocols, "compute"), (segment, "train")):
         monkeypatch.setattr(module, name, None)
     again = evaluate.main(replace(config, out=str(out.parent / "again"), model_card=""))
     second = json.loads((again / "results.json").read_text())
@@ -175,28 +175,26 @@ def test_a_second_run_computes_nothing_and_says_the_same(config, out, result, mo
         assert second[key] == result[key]
 
 
-def test_an_interrupted_run_goes_on_with_the_next_cell(config, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_with_the_next_fold(config, tmp_path, monkeypatch):
     small = replace(
         config, tasks=("busi",), backbones=("random:test_resnet",), protocols=("knn", "linear"), fractions=(1.0,),
         out=str(tmp_path / "out"), cache=str(tmp_path / "cache"), model_card="",
     )  # fmt: skip
-    computed, compute = [], protocols.out_of_fold
+    computed, linear = [], protocols.linear
 
-    def spy(protocol, *args):
-        if len(computed) == 2:
+    def spy(*args):
+        if len(computed) == 1:
             raise KeyboardInterrupt
-        computed.append(protocol)
-        return compute(protocol, *args)
+        computed.append(1)
+        return linear(*args)
 
-    monkeypatch.setattr(protocols, "out_of_fold", spy)
+    monkeypatch.setattr(protocols, "linear", spy)
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(small)
-    assert computed == ["knn", "linear"] and not (tmp_path / "out" / "results.json").exists()
-    monkeypatch.setattr(
-        protocols, "out_of_fold", lambda protocol, *a: (computed.append(protocol), compute(protocol, *a))[1]
-    )
+    assert not (tmp_path / "out" / "results.json").exists()
+    monkeypatch.setattr(protocols, "linear", lambda *args: (computed.append(1), linear(*args))[1])
     evaluate.main(small)
-    assert computed == ["knn", "linear"] * 2
+    assert len(computed) == 2 * 2  # folds and seeds, each once
 
 
 def test_a_leak_ends_the_run_before_anything_is_computed(config, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 
 from training import evaluate, protocols
 from training.backbones import LeakError, find_leaks, is_random, load_backbone, refuse_leaks, split_name
@@ -15,6 +16,7 @@ from training.export import export, fingerprint
 from training.protocols import FineTune
 from training.tasks import EvaluationError, Frames, TaskError, load_task, make_folds
 from uscl_hub.checkpoints import CheckpointError
+from uscl_hub.convert import convert
 from uscl_hub.preprocess import create_transform, resize
 
 
@@ -72,6 +74,20 @@ def test_an_export_is_loaded_with_its_weights_and_provenance(tmp_path):
     (folder / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="model.safetensors"):
         load_backbone(str(folder))
+
+
+def test_the_authors_converted_checkpoint_is_a_backbone(tmp_path):
+    torch.manual_seed(0)
+    original = torchvision.models.resnet18().eval()
+    encoder = torch.nn.Sequential(*list(original.children())[:-1])
+    heads = {"l1.weight": torch.zeros(512, 512), "l1.bias": torch.zeros(512)}
+    heads |= {"l2.weight": torch.zeros(256, 512), "l2.bias": torch.zeros(256)}
+    state = {f"features.{key}": value for key, value in encoder.state_dict().items()}
+    torch.save({"state_dict": {**state, **heads}}, tmp_path / "official.pth")
+    convert(tmp_path / "official.pth", tmp_path / "converted")
+    found, x = load_backbone(f"authors={tmp_path / 'converted'}"), torch.rand(2, 3, 64, 64)
+    assert torch.allclose(found.model(x), encoder(x).flatten(1), atol=1e-5)
+    assert not (found.provenance or {}).get("groups")
 
 
 def test_the_input_is_what_deployment_makes(tmp_path):
@@ -246,13 +262,16 @@ def simulated():
     groups = np.repeat([f"g{i}" for i in range(40)], rng.integers(1, 3, 40))
     labels = np.array([int(g[1:]) % 2 for g in groups])
     task = SimpleNamespace(labels=labels, groups=groups, classes=("a", "b"))
-    item = np.repeat(np.arange(len(groups)), 3)
-    x = rng.normal(size=(40, 30))[[int(g[1:]) for g in groups[item]]]
-    return task, item, x, make_folds(labels, groups, ("a", "b"), 5, 0)
+    frames = Frames(None, np.repeat(np.arange(len(groups)), 3), "key")
+    x = rng.normal(size=(40, 30))[[int(g[1:]) for g in groups[frames.item]]]
+    return task, frames, x, make_folds(labels, groups, ("a", "b"), 5, 0)
 
 
-def test_no_model_sees_its_test_groups(simulated, monkeypatch):
-    task, item, x, folds = simulated
+NOBODY = SimpleNamespace(sha="sha", mean=0, std=1)
+
+
+def test_no_model_sees_its_test_groups(simulated, monkeypatch, tmp_path):
+    task, frames, x, folds = simulated
     seen = []
 
     def spy(train, labels, test):
@@ -262,23 +281,43 @@ def test_no_model_sees_its_test_groups(simulated, monkeypatch):
     monkeypatch.setattr(protocols, "knn", spy)
     done = []
     for fraction in (1.0, 0.25):
-        args = task, item, folds, fraction, 0, None, None, "cpu", lambda: done.append(1)
-        assert not np.isnan(protocols.out_of_fold("knn", x, *args)).any()
+        args = task, frames, folds, fraction, 0, NOBODY, None, "cpu", tmp_path, lambda: done.append(1)
+        found = protocols.out_of_fold("knn", lambda: x, *args)
+        assert not np.isnan(found).any()
     assert len(seen) == len(done) == 10 and all(not train & test for train, test, _ in seen)
     for full, few in zip(seen[:5], seen[5:]):
         assert len(few[0]) == 8 and few[0] < full[0] and few[1] == full[1]  # a quarter of 32 training groups
 
 
 @pytest.mark.parametrize("protocol", ["knn", "linear"])
-def test_features_that_only_tell_the_patient_are_worth_nothing(simulated, protocol):
-    task, item, x, folds = simulated
-    found = protocols.out_of_fold(protocol, x, task, item, folds, 1.0, 0, None, None, "cpu")
-    assert found.sum(1) == pytest.approx(np.ones(len(item)))
-    assert abs((found.argmax(1) == task.labels[item]).mean() - 0.5) < 0.25
+def test_features_that_only_tell_the_patient_are_worth_nothing(simulated, protocol, tmp_path):
+    task, frames, x, folds = simulated
+    found = protocols.out_of_fold(protocol, lambda: x, task, frames, folds, 1.0, 0, NOBODY, None, "cpu", tmp_path)
+    assert found.sum(1) == pytest.approx(np.ones(len(x)))
+    assert abs((found.argmax(1) == task.labels[frames.item]).mean() - 0.5) < 0.25
 
 
-def test_too_few_labels_are_said(simulated):
-    task, item, x, folds = simulated
+def test_finished_folds_are_not_computed_again(simulated, monkeypatch, tmp_path):
+    task, frames, x, folds = simulated
+    args = task, frames, folds, 1.0, 0, NOBODY, None, "cpu", tmp_path
+    calls, knn = [], protocols.knn
+
+    def stopped(*a):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return knn(*a)
+
+    monkeypatch.setattr(protocols, "knn", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        protocols.out_of_fold("knn", lambda: x, *args)
+    first = protocols.out_of_fold("knn", lambda: x, *args)
+    assert len(calls) == 6  # three, the one that was cut short, and the last two
+    assert np.array_equal(first, protocols.out_of_fold("knn", None, *args)) and len(calls) == 6
+
+
+def test_too_few_labels_are_said(simulated, tmp_path):
+    task, frames, x, folds = simulated
     task.labels = np.where(task.groups == "g0", 1, 0)
     with pytest.raises(TaskError, match="leave a class without a training item"):
-        protocols.out_of_fold("linear", x, task, item, folds, 1.0, 0, None, None, "cpu")
+        protocols.out_of_fold("linear", lambda: x, task, frames, folds, 1.0, 0, NOBODY, None, "cpu", tmp_path)

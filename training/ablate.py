@@ -1,7 +1,7 @@
 """The paper's ablation: `python training/ablate.py --config training/configs/ablation.yaml --train.data.roots DIR ...`.
 
 Trains every arm with every seed at equal steps (training/run.py), evaluates all of them on the same folds
-(training/evaluate.py) and writes one table. A finished training and a finished cell of the evaluation are kept, an
+(training/evaluate.py) and writes one table. A finished training and a finished fold of the evaluation are kept, an
 interrupted training goes on from its checkpoint: start it again to go on.
 """
 

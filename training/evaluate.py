@@ -2,10 +2,11 @@
 
 Decode once -> folds by group -> features once -> kNN, linear probe, fine-tuning, segmentation -> intervals over groups,
 paired differences -> results.json, report.md, plots, report.html; with --model-card also its tables. Every finished
-cell is cached: an interrupted run, started again, goes on where it stopped.
+fold is cached: an interrupted run, started again, goes on where it stopped.
 """
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -64,7 +65,7 @@ class Config:
     out: str = "runs/evaluate"
     """results.json, report.md, report.html, figures/, arrays.npz."""
     cache: str = "runs/evaluate_cache"
-    """Decoded frames, features and finished cells; runs may share it."""
+    """Decoded frames, features and finished folds; runs may share it."""
     model_card: str = ""
     """A MODEL_CARD.md whose tables, between the markers, are to be replaced."""
     px: int = 0
@@ -204,32 +205,25 @@ def environment(device: str) -> dict:
 
 def classification_rows(config: Config, task: Task, spec: str, px: int, device: str, arrays: dict):
     """Yields (row of results.json, its Estimates) for every protocol, label fraction and level."""
-    frames = tasks.load_frames(
-        task, px, Path(config.cache), config.rate, config.crop, config.workers, config.max_excluded
-    )
+    cache = Path(config.cache)
+    frames = tasks.load_frames(task, px, cache, config.rate, config.crop, config.workers, config.max_excluded)
     labels, groups, name, collected = task.labels, task.groups, split_name(spec)[0], defaultdict(list)
     for seed in config.seeds:
         folds = tasks.make_folds(labels, groups, task.classes, config.folds, seed, task.title)
         backbone = load_backbone(spec, seed, px)
-        inputs = {"features": protocols.features(backbone, frames, Path(config.cache), device)}
+        features = protocols.features(backbone, frames, cache, device)
         if seed == config.seeds[0]:
-            pooled = protocols.pool_frames(inputs["features"], frames.item, len(task.items))
-            arrays[f"tsne/{task.name}/{name}"] = tsne(pooled)
+            arrays[f"tsne/{task.name}/{name}"] = tsne(protocols.pool_frames(features, frames.item, len(task.items)))
+        inputs = {
+            "finetune_last": functools.cache(lambda: protocols.before_last_block(backbone, frames.images, device)),
+            "finetune_full": lambda: frames.images,
+        }
         for protocol in config.protocols:
             recipe = {"finetune_last": config.last, "finetune_full": config.full}.get(protocol)
             for fraction in config.fractions:
-
-                def make():
-                    if protocol == "finetune_last" and protocol not in inputs:
-                        inputs[protocol] = protocols.before_last_block(backbone, frames.images, device)
-                    x = frames.images if protocol == "finetune_full" else inputs.get(protocol, inputs["features"])
-                    with tqdm(total=config.folds, desc=f"{task.name} {name} {protocol} {fraction:.0%} {seed}") as bar:
-                        args = task, frames.item, folds, fraction, seed, backbone, recipe, device, bar.update
-                        return {"scores": protocols.out_of_fold(protocol, x, *args)}
-
-                described = ["cell", backbone.sha, backbone.mean, backbone.std, frames.key, task.labels.tolist()]
-                described += [folds.tolist(), protocol, fraction, seed, recipe and asdict(recipe)]
-                scores = tasks.cached(Path(config.cache), described, make)["scores"]
+                with tqdm(total=config.folds, desc=f"{task.name} {name} {protocol} {fraction:.0%} {seed}") as bar:
+                    args = task, frames, folds, fraction, seed, backbone, recipe, device, cache, bar.update
+                    scores = protocols.out_of_fold(protocol, inputs.get(protocol, lambda: features), *args)
                 collected[protocol, fraction].append(scores)
     arrays[f"labels/{task.name}"] = labels
     for (protocol, fraction), scores in collected.items():

@@ -6,7 +6,7 @@ Each protocol trains on the frames of some folds and returns class probabilities
 
 import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable
 
@@ -196,26 +196,29 @@ def finetune(
 
 def out_of_fold(
     protocol: str,
-    inputs: np.ndarray | torch.Tensor,
+    inputs: Callable[[], np.ndarray | torch.Tensor],
     task: Task,
-    item: np.ndarray,
+    frames: Frames,
     folds: np.ndarray,
     fraction: float,
     seed: int,
     backbone: Backbone,
     recipe: FineTune | None,
     device: str,
+    cache: Path,
     done: Callable = lambda: None,
 ) -> np.ndarray:
     """Class probabilities of every frame, each from a model that has seen neither its group nor its fold.
 
-    inputs: of every frame; features (N, d) for frozen protocols, activations before the last block for finetune_last,
-    uint8 images (N, px, px) for finetune_full. item: int (N,), each frame's item. folds: int (items,). fraction: share
-    of the groups of each class that keep their label in the training part. done: called after each fold.
+    inputs: gives, for every frame, features (N, d) for frozen protocols, activations before the last block for
+    finetune_last, uint8 images (N, px, px) for finetune_full. folds: int (items,). fraction: share of the groups of
+    each class that keep their label in the training part. Finished folds are kept in `cache`; done: called after each.
     Returns float (N, classes).
     """
-    labels, groups, classes = task.labels, task.groups, len(task.classes)
+    item, labels, groups, classes = frames.item, task.labels, task.groups, len(task.classes)
     result = np.full((len(item), classes), np.nan)
+    described = ["fold", backbone.sha, backbone.mean, backbone.std, frames.key, labels.tolist(), folds.tolist()]
+    described += [protocol, fraction, seed, recipe and asdict(recipe)]
     for fold in range(folds.max() + 1):
         training = np.flatnonzero(folds != fold)
         training = training[label_subset(labels[training], groups[training], fraction, seed)]
@@ -224,13 +227,17 @@ def out_of_fold(
         assert not set(g) & set(groups[item[test]])
         if len(set(y)) < classes:
             raise TaskError(f"fold {fold}: {fraction:.0%} of the labels leave a class without a training item")
-        if protocol == "knn":
-            result[test] = knn(inputs[train], y, inputs[test])
-        elif protocol == "linear":
-            result[test] = linear(inputs[train], y, g, inputs[test], seed)
-        else:
+
+        def make():
+            x = inputs()
+            if protocol == "knn":
+                return {"scores": knn(x[train], y, x[test])}
+            if protocol == "linear":
+                return {"scores": linear(x[train], y, g, x[test], seed)}
             last = protocol == "finetune_last"
-            result[test] = finetune(backbone, last, inputs[train], y, inputs[test], classes, recipe, seed, device)
+            return {"scores": finetune(backbone, last, x[train], y, x[test], classes, recipe, seed, device)}
+
+        result[test] = cached(cache, [*described, fold], make)["scores"]
         done()
     return result
 
