@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 
-from uscl_hub import __version__, checkpoints, models
+from uscl_hub import checkpoints, models
 from uscl_hub.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -124,14 +124,6 @@ def test_usage_errors_are_2(arguments, capsys):
 
 
 def test_as_a_process(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-m", "uscl_hub.cli", "--version"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode == 0 and result.stdout.strip() == f"uscl-hub {__version__}"
-    result = subprocess.run(
-        [sys.executable, "-m", "uscl_hub.cli", "info", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 1 and "config.json" in result.stderr
+    command = [sys.executable, "-m", "uscl_hub.cli", "info", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and "config.json" in result.stderr and "Traceback" not in result.stderr

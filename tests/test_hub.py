@@ -6,12 +6,11 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fresh
 import pytest
 import timm
 import torch
@@ -205,29 +204,15 @@ def files(folder):
 def client(hub, tmp_path, code, *arguments, **env):
     """Run code in a fresh interpreter whose Hub is the local server and whose caches are below tmp_path."""
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    return subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            PREAMBLE + code,
-            *map(str, arguments),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=tmp_path,
-        env={
-            **keep,
-            "PYTHONPATH": str(ROOT),
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "hf"),
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            **env,
-        },
-    )
+    ours = {
+        "PYTHONPATH": str(ROOT),
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    return fresh.run(PREAMBLE + code, *arguments, cwd=tmp_path, env={**keep, **ours, **env})
 
 
 PREAMBLE = """

@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parents[1] / "docs" / "walkthrough.py"
 
 
 def test_walkthrough(tmp_path, monkeypatch, capsys):
-    write_demo(tmp_path / "walkthrough" / "clips", clips=40, frames=4, size=32, seed=0)
+    write_demo(tmp_path / "walkthrough" / "clips", clips=80, frames=3, size=32, seed=0)
     monkeypatch.chdir(tmp_path)
     source = SOURCE.read_text()
     small = 'MODEL, PX, STEPS = "test_resnet", 32, 4'
