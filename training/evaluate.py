@@ -318,3 +318,5 @@ if __name__ == "__main__":
         main(settings)
     except (EvaluationError, CheckpointError) as error:
         sys.exit(f"evaluate.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; start it again to go on")
