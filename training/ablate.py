@@ -142,3 +142,5 @@ if __name__ == "__main__":
         main(settings)
     except (EvaluationError, CheckpointError) as error:
         sys.exit(f"ablate.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; start it again to go on")

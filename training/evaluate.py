@@ -34,7 +34,7 @@ from training.backbones import find_leaks, is_random, load_backbone, refuse_leak
 from training.protocols import FineTune  # noqa: E402
 from training.segment import Segment  # noqa: E402
 from training.tasks import EvaluationError, Task  # noqa: E402
-from uscl_hub.checkpoints import CheckpointError  # noqa: E402
+from uscl_hub.checkpoints import CheckpointError, sha256  # noqa: E402
 
 DATA = Path(os.environ.get("USCL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 SHOWN = 6  # segmentation overlays in the report
@@ -307,7 +307,7 @@ def describe(task: Task, config: Config) -> dict:
         "groups_by_class": {c: len(set(groups[labels == i])) for i, c in enumerate(task.classes)},
         "excluded": task.excluded,
         "notes": task.notes,
-        "items": [[item.id, item.label, item.group] for item in task.items],
+        "items": [[item.id, item.label, item.group, sha256(item.path)] for item in task.items],
         "folds": folds,
     }
 
@@ -318,3 +318,5 @@ if __name__ == "__main__":
         main(settings)
     except (EvaluationError, CheckpointError) as error:
         sys.exit(f"evaluate.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; start it again to go on")

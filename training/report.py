@@ -356,6 +356,6 @@ def _inline(text: str) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "results.json").is_file():
         sys.exit("usage: python training/report.py FOLDER (with results.json and arrays.npz)")
     write(Path(sys.argv[1]))

@@ -331,7 +331,8 @@ def load_frames(
     saved = cached(cache, described, decode_all)
     unreadable = np.flatnonzero(saved["reasons"] != "")
     task.excluded += [(task.items[i].id, f"unreadable: {saved['reasons'][i]}") for i in unreadable]
-    task.notes += [f"{item.id}: {note}" for item, note in zip(task.items, saved["notes"]) if note]
+    notes = [f"{item.id}: {note}" for item, note in zip(task.items, saved["notes"]) if note]
+    task.notes += [note for note in notes if note not in task.notes]  # said once, however many sizes are decoded
     kept = np.setdiff1d(np.arange(len(task.items)), unreadable)
     task.items = [task.items[i] for i in kept]
     check_excluded(task, max_excluded)
