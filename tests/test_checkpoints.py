@@ -273,6 +273,9 @@ def test_missing_things_are_named(tmp_path):
     (tmp_path / "out/model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="model.safetensors: no such file"):
         load(checkpoint=tmp_path / "out")
+    os.truncate(tmp_path / "out/config.json", 1 << 30)
+    with pytest.raises(CheckpointError, match="config.json: is too large"):
+        load(checkpoint=tmp_path / "out")
     (tmp_path / "out/config.json").write_text("{")
     with pytest.raises(CheckpointError, match="config.json: is not readable JSON"):
         load(checkpoint=tmp_path / "out")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 WEIGHTS_NAME, CONFIG_NAME, CARD_NAME = "model.safetensors", "config.json", "README.md"
-MAX_HEADER = 10 << 20  # bytes; a ResNet's is about 20 kB
+MAX_HEADER = 10 << 20  # bytes, also of config.json; a ResNet's header is about 20 kB
 ITEM_BYTES = {
     "F64": 8,
     "F32": 4,
@@ -243,6 +243,8 @@ def read_config(folder) -> tuple[dict, str, dict, dict]:
 
     path = Path(folder) / CONFIG_NAME
     try:
+        if path.stat().st_size > MAX_HEADER:
+            raise CheckpointError(f"{path}: is too large for a configuration. Export the folder again")
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
