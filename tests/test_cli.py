@@ -25,7 +25,7 @@ def folder(tmp_path):
             "num_classes": 0,
             "num_features": 512,
             "pretrained_cfg": models.make_cfg(80),
-            "uscl_hub": {"method": "meta_uscl", "steps": 3},
+            "uscl_hub": {"method": "meta_uscl", "steps": 3, "clips": [f"{i:064x}" for i in range(99)]},
         },
         "# card\n",
     )
@@ -63,7 +63,7 @@ def test_list(capsys, monkeypatch):
 
 def test_info_and_verify(capsys, folder):
     code, out, _ = run(capsys, "info", folder)
-    assert code == 0 and "resnet18" in out and "meta_uscl" in out
+    assert code == 0 and "resnet18" in out and "meta_uscl" in out and "99 entries" in out and len(out) < 2000
     facts = json.loads(run(capsys, "info", folder, "--json")[1])
     assert facts["sha256"] == checkpoints.sha256(folder / "model.safetensors") and facts["input_size"] == [
         3,
@@ -74,12 +74,13 @@ def test_info_and_verify(capsys, folder):
     assert facts["dtypes"] == ["F32", "I64"] and 11_180_000 < facts["values"] < 11_190_000
     assert run(capsys, "info", "meta_uscl_resnet34")[0] == 0
     assert json.loads(run(capsys, "verify", folder, "--json")[1])["warnings"] == []
+    assert run(capsys, "verify", folder)[1].endswith("OK (schema, keys, shapes, values, hash)\n")
     (folder / "README.md").unlink()
     config = json.loads((folder / "config.json").read_text())
     del config["uscl_hub"]
     (folder / "config.json").write_text(json.dumps(config))
     code, out, _ = run(capsys, "verify", folder)
-    assert code == 0 and "model card" in out and "unknown" in out
+    assert code == 0 and "model card" in out and "unknown" in out and "no SHA-256" in out
     assert run(capsys, "verify", folder / "model.safetensors")[0] == 0
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:-1])

@@ -341,7 +341,8 @@ def save_tensors(state_dict: dict[str, torch.Tensor], path) -> None:
 def save_folder(folder, state_dict: dict, config: dict, card: str) -> Path:
     """Write model.safetensors, config.json and README.md as a new folder, whole or not at all.
 
-    Raises FileExistsError if the folder exists and is not empty.
+    The config's provenance ('uscl_hub'), if it has one, gets the weights' SHA-256. Raises FileExistsError if the
+    folder exists and is not empty.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -350,6 +351,8 @@ def save_folder(folder, state_dict: dict, config: dict, card: str) -> Path:
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
     try:
         save_tensors(state_dict, draft / WEIGHTS_NAME)
+        if isinstance(config.get("uscl_hub"), dict):
+            config = {**config, "uscl_hub": {"sha256": sha256(draft / WEIGHTS_NAME), **config["uscl_hub"]}}
         (draft / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (draft / CARD_NAME).write_text(card, encoding="utf-8")
         draft.chmod(0o755)  # mkdtemp's 0700 is not what anyone expects of a result

@@ -88,7 +88,7 @@ def _verify(args):
 
         timm.create_model(args.what, pretrained=True)
         return {"ok": True, "name": args.what, "warnings": []}, [f"{args.what}: OK"]
-    path, warnings = _local_or_hub(args), []
+    path, warnings, checked = _local_or_hub(args), [], "schema, keys, shapes, values"
     if path.is_file():
         from .load import load_meta_uscl_backbone
 
@@ -96,11 +96,16 @@ def _verify(args):
         warnings.append("a lone file has no config.json: its provenance and input size are unknown")
     else:
         provenance = checkpoints.check_folder(path).get("uscl_hub")
-        if not isinstance(provenance, dict) or not provenance.get("method"):
+        provenance = provenance if isinstance(provenance, dict) else {}
+        if not provenance.get("method"):
             warnings.append("config.json has no 'uscl_hub' table with a method: where the weights are from is unknown")
+        if provenance.get("sha256"):
+            checked += ", hash"
+        else:
+            warnings.append("config.json has no SHA-256 of the weights: changed values would not be noticed")
         if not (path / checkpoints.CARD_NAME).is_file():
             warnings.append("there is no README.md (model card)")
-    lines = [f"{path}: warning: {w}" for w in warnings] + [f"{path}: OK (schema, keys, shapes, values)"]
+    lines = [f"{path}: warning: {w}" for w in warnings] + [f"{path}: OK ({checked})"]
     return {"ok": True, "path": str(path), "warnings": warnings}, lines
 
 
@@ -183,10 +188,18 @@ def _local_or_hub(args) -> Path:
 
 
 def _shown(facts: dict):
-    return facts, [f"{key:12} {_plain(value)}" for key, value in facts.items() if value is not None]
+    lines = []
+    for key, value in facts.items():
+        if isinstance(value, dict) and key == "provenance":
+            lines += [key] + [f"  {name:18} {_plain(entry)}" for name, entry in value.items()]
+        elif value is not None:
+            lines.append(f"{key:12} {_plain(value)}")
+    return facts, lines
 
 
 def _plain(value) -> str:
+    if isinstance(value, list) and len(value) > 8:  # the hashes of what it was trained on: --json has them
+        return f"{len(value)} entries"
     return value if isinstance(value, str) else json.dumps(value)
 
 
