@@ -215,22 +215,26 @@ def bars(rows: list[dict], metric: str, title: str):
         x = [places.index((r["protocol"], r["fraction"])) + (i - (len(backbones) - 1) / 2) * width for r in own]
         values, errors = zip(*(_errors(r, metric) for r in own))
         axis.bar(x, values, width * 0.92, yerr=np.transpose(errors), capsize=3, color=f"C{i}", label=backbone)
-    axis.set_xticks(range(len(places)), [f"{NAMES[p]}\n{f:.0%} of labels" for p, f in places])
+    axis.set_xticks(range(len(places)), [NAMES[p].replace(" ", "\n", 1) + f"\n{f:.0%} of labels" for p, f in places])
     axis.set(ylabel=f"{metric} (%)", ylim=(0, 100), title=title)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=8, frameon=False)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3, fontsize=8, frameon=False)
     return figure
 
 
 def label_curves(rows: list[dict], metric: str, title: str):
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for protocol, backbone in dict.fromkeys((r["protocol"], r["backbone"]) for r in rows):
-        line = [r for r in rows if (r["protocol"], r["backbone"]) == (protocol, backbone)]
-        line.sort(key=lambda r: r["fraction"])
-        values, errors = zip(*(_errors(r, metric) for r in line))
-        x, label = [100 * r["fraction"] for r in line], f"{backbone}, {NAMES[protocol]}"
-        axis.errorbar(x, values, yerr=np.transpose(errors), capsize=3, marker="o", label=label)
-    axis.set(xlabel="labels (%)", ylabel=f"{metric} (%)", ylim=(0, 100), title=title)
-    axis.legend(fontsize=7)
+    """A panel a protocol, a line a backbone."""
+    names = list(dict.fromkeys(r["protocol"] for r in rows))
+    figure, axes = _grid(len(names), 3.4)
+    for axis, protocol in zip(axes, names):
+        for backbone in dict.fromkeys(r["backbone"] for r in rows):
+            line = [r for r in rows if (r["protocol"], r["backbone"]) == (protocol, backbone)]
+            values, errors = zip(*(_errors(r, metric) for r in line))
+            x = [100 * r["fraction"] for r in line]
+            axis.errorbar(x, values, yerr=np.transpose(errors), capsize=3, marker="o", label=backbone)
+        axis.set(xlabel="labels (%)", ylabel=f"{metric} (%)", ylim=(0, 100))
+        axis.set_title(NAMES[protocol], fontsize=9)
+        axis.legend(fontsize=7)
+    figure.suptitle(title)
     return figure
 
 
