@@ -49,7 +49,9 @@ def test_names_and_specs(tmp_path):
     assert not is_random("timm:resnet18:pretrained") and not is_random(str(folder))
     for spec, error, said in (
         ("resnet18", EvaluationError, "neither a folder nor"),
-        ("random:resnet1", EvaluationError, "timm knows no 'resnet1'"),
+        ("random:resnet1", EvaluationError, "'random:resnet1' cannot be loaded: Unknown model"),
+        ("timm:resnet18.xx:pretrained", EvaluationError, "cannot be loaded: Invalid pretrained tag"),
+        ("meta_uscl_resnet99", EvaluationError, "cannot be loaded: unknown model"),
         (str(tmp_path), CheckpointError, "config.json"),
     ):
         with pytest.raises(error, match=said):

@@ -12,7 +12,7 @@ from torch import nn
 import uscl_hub
 from training.export import fingerprint
 from training.tasks import EvaluationError, Task
-from uscl_hub.checkpoints import check_folder, sha256
+from uscl_hub.checkpoints import CheckpointError, check_folder, sha256
 from uscl_hub.preprocess import MEAN, STD
 
 
@@ -56,36 +56,37 @@ def load_backbone(spec: str, seed: int = 0, px: int = 0) -> Backbone:
     Raises EvaluationError for an unknown spec, CheckpointError for a damaged folder.
     """
     name, spec = split_name(spec)
-    spec = spec.replace("{seed}", str(seed))
+    spec, untrained = spec.replace("{seed}", str(seed)), is_random(spec)
+    try:
+        model, provenance = _create(spec, untrained, seed, px)
+    except (CheckpointError, EvaluationError):
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # timm's and the Hub's: no such model, no connection
+        raise EvaluationError(f"backbone {spec!r} cannot be loaded: {error}") from error
+    cfg = model.pretrained_cfg
+    mean, std = (MEAN, STD) if untrained else (cfg["mean"], cfg["std"])
+    px = px or cfg["input_size"][-1]
+    return Backbone(name, spec, model.eval(), cfg["architecture"], px, mean, std, weights_sha(model), provenance)
 
-    provenance = None
-    if is_random(spec):
+
+def _create(spec: str, untrained: bool, seed: int, px: int) -> tuple[nn.Module, dict | None]:
+    if Path(spec).is_dir():
+        config = check_folder(spec)
+        size = _img_size(config["architecture"], px)
+        model = timm.create_model(f"local-dir:{Path(spec).resolve()}", pretrained=True, num_classes=0, **size)
+        return model, config.get("uscl_hub")
+    if spec.startswith(("random:", "timm:")):
         architecture = spec.split(":")[1]
-        if not timm.is_model(architecture):
-            raise EvaluationError(f"backbone {spec!r}: timm knows no {architecture!r}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = timm.create_model(architecture, num_classes=0, **_img_size(architecture, px))
-        px, mean, std = px or model.pretrained_cfg["input_size"][-1], MEAN, STD
-    else:
-        if spec.startswith("timm:"):
-            architecture = spec.split(":")[1]
-            model = timm.create_model(architecture, pretrained=True, num_classes=0, **_img_size(architecture, px))
-        elif spec.startswith("meta_uscl_"):
-            model = uscl_hub.load_meta_uscl_backbone(spec)
-        elif Path(spec).is_dir():
-            config = check_folder(spec)
-            provenance = config.get("uscl_hub")
-            kwargs = _img_size(config["architecture"], px)
-            model = timm.create_model(f"local-dir:{Path(spec).resolve()}", pretrained=True, num_classes=0, **kwargs)
-        else:
-            raise EvaluationError(
-                f"backbone {spec!r} is neither a folder nor random:NAME, timm:NAME, timm:NAME:pretrained "
-                "or meta_uscl_NAME[.tag]"
-            )
-        cfg = model.pretrained_cfg
-        architecture, px, mean, std = cfg["architecture"], px or cfg["input_size"][-1], cfg["mean"], cfg["std"]
-    return Backbone(name, spec, model.eval(), architecture, px, mean, std, weights_sha(model), provenance)
+            size = _img_size(architecture, px)
+            return timm.create_model(architecture, pretrained=not untrained, num_classes=0, **size), None
+    if spec.startswith("meta_uscl_"):
+        return uscl_hub.load_meta_uscl_backbone(spec), None
+    raise EvaluationError(
+        f"backbone {spec!r} is neither a folder nor random:NAME, timm:NAME, timm:NAME:pretrained or "
+        "meta_uscl_NAME[.tag]"
+    )
 
 
 def _img_size(architecture: str, px: int) -> dict:
