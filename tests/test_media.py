@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from uscl_hub import media
 from uscl_hub.media import UnreadableClip, decode, find_clips, iter_frames
 
 av = pytest.importorskip("av")
@@ -248,3 +249,14 @@ def test_streaming_stops_early(tmp_path):
     frames = iter_frames(one(write(tmp_path / "a.mp4", movie(), "mpeg4")))
     assert next(frames)[0].shape == (48, 64)
     frames.close()
+
+
+@pytest.mark.parametrize("name", ["yuv420p", "yuvj420p", "yuv422p", "yuv444p", "nv12", "gray", "yuv420p10le", "rgb24"])
+def test_grey_is_what_ffmpeg_makes_of_it(name):
+    rng = np.random.default_rng(0)
+    for color_range, colorspace in ((0, 2), (1, 2), (2, 2), (0, 1), (1, 5)):  # full or limited; BT.709 mixes colour in
+        frame = av.VideoFrame(70, 50, name)
+        frame.color_range, frame.colorspace = color_range, colorspace
+        for plane in frame.planes:
+            plane.update(rng.integers(0, 4 if "10" in name else 256, plane.buffer_size, dtype=np.uint8).tobytes())
+        assert np.array_equal(media._grey(frame), frame.to_ndarray(format="gray"))

@@ -33,6 +33,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import av  # noqa: E402
 import numpy as np  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
@@ -443,9 +444,20 @@ def clip_folder(settings, folder):
 
 
 def decode_only(clip):
-    with contextlib.suppress(UnreadableClip):
-        for _ in iter_frames(clip):
+    """Plain PyAV for videos; our reader for the few others."""
+    if clip.kind != "video" or clip.files[0].suffix.lower() == ".gif":
+        frames = iter_frames(clip)
+    else:
+        frames = (frame.to_ndarray(format="gray") for frame in plain_av(clip.files[0]))
+    with contextlib.suppress(UnreadableClip, av.error.FFmpegError):
+        for _ in frames:
             pass
+
+
+def plain_av(path):
+    with av.open(str(path)) as container:
+        container.streams.video[0].thread_type = "NONE"  # processes share the cores, as in ingest
+        yield from container.decode(video=0)
 
 
 def ingesting(settings, device, folder):

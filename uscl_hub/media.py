@@ -15,6 +15,7 @@ import zlib
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Iterator, Sequence
 
@@ -33,6 +34,8 @@ DICOM = {".dcm", ".dicom", ".ima"}
 
 # A renamed playlist must not make the decoder open other files or the network.
 _DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,mpeg,mpegvideo,mpegts,matroska,webm,asf,gif,h264,hevc,m4v"
+# 8-bit formats of FFmpeg whose first plane is luma at full resolution
+_LUMA_FIRST = {f"yuv{full}{cut}p" for full in ("", "j") for cut in (420, 422, 444)} | {"nv12", "gray"}
 
 
 class UnreadableClip(Exception):
@@ -288,7 +291,7 @@ def _video(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | 
                     raise UnreadableClip(path, f"damaged at frame {count}")
                 if count % stride == 0:
                     _check_pixels(path, frame.width, frame.height)
-                    grey = frame.to_ndarray(format="gray")
+                    grey = _grey(frame)
                     if frame.rotation % 360:
                         grey = np.rot90(grey, round(frame.rotation / 90))
                     yield np.ascontiguousarray(grey), fps
@@ -298,6 +301,34 @@ def _video(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | 
     except (av.error.FFmpegError, ValueError) as error:
         where = f"damaged after frame {count}: " if count else ""
         raise UnreadableClip(path, where + _reason(error)) from error
+
+
+def _grey(frame) -> np.ndarray:
+    """uint8 (H, W): what frame.to_ndarray(format="gray") gives, which takes longer than to decode the frame."""
+    y, levels = frame.planes[0], None
+    if frame.format.name in _LUMA_FIRST and y.line_size >= frame.width:
+        levels = _grey_levels(frame.format.name, frame.color_range, frame.colorspace)
+    if levels is None:
+        return frame.to_ndarray(format="gray")
+    luma = np.frombuffer(y, np.uint8).reshape(-1, y.line_size)[: frame.height, : frame.width]
+    return np.take(levels, luma, mode="clip")
+
+
+@lru_cache
+def _grey_levels(name, color_range, colorspace) -> np.ndarray | None:
+    """uint8 (256,): the grey level of each value of luma, asked of FFmpeg with a frame that holds them all; None if
+    it depends on the colour, too (of BT.709, for one)."""
+    import av
+
+    levels = []
+    for colour in (64, 192):
+        ramp = av.VideoFrame(256, 2, name)
+        ramp.color_range, ramp.colorspace = color_range, colorspace
+        for i, plane in enumerate(ramp.planes):
+            row = np.full(plane.line_size, colour) if i else np.arange(plane.line_size)
+            plane.update(np.tile(row.astype(np.uint8), plane.buffer_size // plane.line_size).tobytes())
+        levels.append(ramp.to_ndarray(format="gray")[0])
+    return levels[0] if np.array_equal(*levels) else None
 
 
 def _open_image(path: Path):
