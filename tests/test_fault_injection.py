@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-KILLS = int(os.environ.get("USCL_KILLS", 2))
+KILLS = int(os.environ.get("USCL_KILLS", 1))
 ROOT = Path(__file__).parents[1]
 
 

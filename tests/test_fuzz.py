@@ -24,7 +24,7 @@ from uscl_hub.checkpoints import CheckpointError
 from uscl_hub.convert import read_pth
 from uscl_hub.media import find_clips
 
-COUNT = int(os.environ.get("USCL_FUZZ", 150))
+COUNT = int(os.environ.get("USCL_FUZZ", 60))
 BATCH = 500  # files a folder
 SIZE = 32
 NAME = "meta_uscl_resnet18"
