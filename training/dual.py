@@ -15,6 +15,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from training.convolution import conv2d
+
 VIEWS = 2
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
@@ -139,6 +141,8 @@ class _Recorder(TorchFunctionMode):
         indices = None
         if func is F.max_pool2d:
             output, indices = func(*args, **{**kwargs, "return_indices": True})
+        elif func is F.conv2d:
+            output = conv2d(*args, **kwargs)
         else:
             output = func(*args, **kwargs)
         if func in CONVOLUTIONS or func is F.max_pool2d:

@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from training.backbones import Backbone
+from training.convolution import FastWeightGradients
 from training.tasks import EvaluationError, Frames, Task, TaskError, cached, label_subset
 from uscl_hub.preprocess import normalise
 
@@ -166,7 +167,7 @@ def finetune(
     but the frozen part stays in eval mode, images are not augmented, and no epoch is chosen by the test fold.
     """
     prepare = (lambda x: x.to(device)) if last else (lambda x: to_input(x, backbone).to(device))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), FastWeightGradients():
         torch.manual_seed(seed)
         model = _Classifier(backbone.model, classes, last).to(device, memory_format=torch.channels_last).train()
         optimiser = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=1e-4)

@@ -30,6 +30,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from training import intervals
 from training.backbones import Backbone
+from training.convolution import FastWeightGradients
 from training.protocols import to_input
 from training.tasks import EvaluationError, Task, cached, label_subset, load_frames
 from uscl_hub.preprocess import resize
@@ -167,7 +168,7 @@ def train(
     head: str, backbone: Backbone, images: np.ndarray, masks: np.ndarray, recipe: Segment, seed: int, device: str
 ) -> nn.Module:
     """A head on the backbone, trained on the images with their masks and random horizontal flips; in eval mode."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), FastWeightGradients():
         torch.manual_seed(seed)
         model = build(head, backbone, recipe.px).to(device, memory_format=torch.channels_last).train()
         optimiser = torch.optim.Adam(model.parameters(), lr=recipe.lr)
