@@ -76,13 +76,13 @@ def downstream(tmp_path_factory):
         for patient in range(1 if label == "viral" else 6):
             path = root / "pocus_lung" / "videos" / "convex" / label / f"{label}{patient}.mp4"
             write_video(path, simulate_clip(kind, 8, 48, seed=patient), fps=6)
-            rows.append([f"cc_licensed/videos/convex/{label}/{path.name}", label, f"{label}{patient}", "1"])
+            rows.append([f"cc_licensed/videos/convex/{label}/{path.name}", label, "CC BY 4.0", f"{label}{patient}", "1"])
     path = root / "pocus_lung" / "images" / "convex" / "covid" / "still.png"
     path.parent.mkdir(parents=True)
     Image.fromarray(simulate_clip("lesion", 1, 48, seed=99)[0]).save(path)
-    rows.append(["cc_licensed/images/convex/covid/still.png", "covid", "", "77"])
+    rows.append(["cc_licensed/images/convex/covid/still.png", "covid", "CC BY 4.0", "", "77"])
     with open(root / "pocus_lung" / "file_index.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["path", "label", "patient_id", "source_id"], *rows])
+        csv.writer(file).writerows([["path", "label", "licence", "patient_id", "source_id"], *rows])
 
     scores = [["video_file", "Severity Score"]]
     for patient in range(8):

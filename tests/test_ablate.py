@@ -67,11 +67,22 @@ def test_a_stopped_training_ends_the_run_with_what_to_do(config, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arm", ["uscl", "uscl/standard", "uscl/middle/3", "uscl/inner/x", "simclr/inner/3", "moco", "uscl/inner/0"]
+    "arm", ["uscl", "uscl/standard", "uscl/middle/3", "uscl/inner/x", "simclr/inner/3", "moco", "uscl/inner/0", "uscl/inner/3/delayed",
+     "meta_uscl/inner/3/every0", "meta_uscl/inner/3/every2/shuffled"]
 )
 def test_an_unknown_arm_is_refused(config, arm):
     with pytest.raises(EvaluationError, match=f"arms: '{arm}' is not"):
         ablate.main(replace(config, arms=("random", arm)))
+
+
+def test_options_and_the_control_are_arms_of_their_own(config):
+    settings = [ablate.training(config, f"meta_uscl/standard/3/{v}", 0) for v in ("delayed", "every4", "shuffled")]
+    assert [(s.meta.delayed, s.meta.every, s.meta.shuffle) for s in settings] == [
+        (True, 1, False),
+        (False, 4, False),
+        (False, 1, True),
+    ]
+    assert {(s.method, s.pairs.mode, s.pairs.frames) for s in settings} == {("meta_uscl", "standard", 3)}
 
 
 def test_what_cannot_be_evaluated_is_said_before_the_training(config, tmp_path):

@@ -258,6 +258,7 @@ def refusal(config):
         (dict(pairs={"crop_ratio": (0.0, 1.0)}), "pairs.crop_ratio"),
         (dict(meta={"tangent": "rough"}), "meta.tangent: one of exact, difference"),
         (dict(meta={"every": 0}), "meta.every must be at least 1"),
+        (dict(meta={"shuffle": True, "every": 2}), "meta.shuffle: a control of the exact step"),
         (dict(optim={"batch": 1}), "optim.batch must be at least 2"),
         (dict(optim={"lr": float("nan")}), "optim.lr must be at least 0, got nan"),
         (dict(optim={"temperature": 0.0}), "optim.temperature must be at least"),

@@ -133,6 +133,22 @@ def test_random_layers_draw_the_same_in_every_pass_at_the_same_weights(direction
     assert relative([p.grad for p in cmw.parameters()], expected) < tolerance
 
 
+def test_shuffled_weights_go_to_the_next_pair_in_the_final_step_only():
+    encoder, cmw, optimizer, cmw_optimizer, views, meta_views = build("test_resnet")
+    expected = oracle(encoder, cmw, optimizer, views, meta_views)[0]
+    result = step.meta_step(
+        encoder, cmw, optimizer, cmw_optimizer, views, meta_views, TEMPERATURE, shuffle=True
+    )
+    assert relative([p.grad for p in cmw.parameters()], expected) < 1e-9  # CMW-Net learns as ever
+    reference, _, reference_optimizer, *_ = build("test_resnet")
+    h, z = per_view(reference, views)
+    weights = cmw(h).detach()
+    torch.testing.assert_close(result.weights, weights)
+    naive_info_nce(z, [weights[i - 1] for i in range(len(weights))]).backward()
+    reference_optimizer.step()
+    assert relative(list(encoder.parameters()), list(reference.parameters())) < 1e-12
+
+
 def test_running_statistics_move_once_by_the_real_batch():
     encoder, cmw, optimizer, cmw_optimizer, views, meta_views = build("resnet18")
     bn = encoder.backbone.bn1

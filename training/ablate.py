@@ -26,7 +26,8 @@ class Config:
     """Train and evaluate a list of arms."""
 
     arms: tuple[str, ...] = ("random", "simclr", "uscl/standard/3", "uscl/inner/3", "meta_uscl/standard/3")
-    """'random', 'simclr', or METHOD/MODE/K: uscl or meta_uscl, standard or inner, frames that span a pair."""
+    """'random', 'simclr', or METHOD/MODE/K: uscl or meta_uscl, standard or inner, frames that span a pair. meta_uscl
+    also with /delayed, /everyN or /shuffled: its cheaper options, and the control that deals weights to other pairs."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of training and evaluation."""
     out: str = "runs/ablation"
@@ -71,20 +72,21 @@ def slug(arm: str) -> str:
 
 def training(config: Config, arm: str, seed: int) -> configs.Config:
     """The settings of one training. Raises EvaluationError for an arm that does not exist."""
-    method, *rest = arm.split("/")
+    method = arm.partition("/")[0]
     one = copy.deepcopy(config.train)
     one.method, one.seed, one.out = method, seed, str(Path(config.out) / "training" / f"{slug(arm)}-{seed}")
     one.data.cache, one.resume = str(Path(config.out) / "frames"), True
-    if (
-        method in ("uscl", "meta_uscl")
-        and len(rest) == 2
-        and rest[0] in ("standard", "inner")
-        and re.fullmatch(r"[1-9]\d*", rest[1])
+    pattern = r"(?:uscl|meta_uscl)/(standard|inner)/([1-9]\d*)"
+    if match := re.fullmatch(pattern, arm) or re.fullmatch(
+        r"meta_uscl/(standard|inner)/([1-9]\d*)/(?:(delayed)|every([1-9]\d*)|(shuffled))", arm
     ):
-        one.pairs.mode, one.pairs.frames = rest[0], int(rest[1])
+        one.pairs.mode, one.pairs.frames = match[1], int(match[2])
+        if match.re.groups > 2:
+            one.meta.delayed, one.meta.every, one.meta.shuffle = bool(match[3]), int(match[4] or 1), bool(match[5])
     elif arm != "simclr":
         raise EvaluationError(
-            f"arms: {arm!r} is not 'random', 'simclr', or like 'uscl/standard/3', 'meta_uscl/inner/2'"
+            f"arms: {arm!r} is not 'random', 'simclr', or like 'uscl/standard/3', 'meta_uscl/inner/2', "
+            "'meta_uscl/standard/3/delayed'"
         )
     return one
 

@@ -54,6 +54,8 @@ def check(config):
         value = attrgetter(name)(config)
         if value not in choices:
             sys.exit(f"{name}: one of {', '.join(choices)}, not {value!r}")
+    if config.meta.shuffle and (config.meta.delayed or config.meta.every > 1):
+        sys.exit("meta.shuffle: a control of the exact step; leave meta.delayed at False and meta.every at 1")
     for name, (low, high) in RANGES.items():
         value = attrgetter(name)(config)
         if not low <= value <= high:  # also a NaN

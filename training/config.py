@@ -100,6 +100,8 @@ class Meta:
     """Update CMW-Net every so many steps."""
     delayed: bool = False
     """Step with the weights from before CMW-Net's update: one backward pass less a step."""
+    shuffle: bool = False
+    """A control: every pair has the weight of another pair of the batch. With meta.every 1, and not delayed."""
     tangent: str = "exact"
     """'exact' (forward mode) or 'difference' (central difference of two forward passes)."""
 

@@ -170,6 +170,7 @@ def train(state, config, clips, out, device):
                         optim.temperature,
                         meta.delayed,
                         meta.tangent,
+                        meta.shuffle,
                     )
                 else:
                     result = contrastive_step(state.encoder, state.optimizer, views, optim.temperature, state.cmw)

@@ -32,7 +32,18 @@ def contrastive_step(encoder, optimizer, views, temperature, cmw=None):
     return Step(loss.detach(), weights)
 
 
-def meta_step(encoder, cmw, optimizer, cmw_optimizer, views, meta_views, temperature, delayed=False, direction="exact"):
+def meta_step(
+    encoder,
+    cmw,
+    optimizer,
+    cmw_optimizer,
+    views,
+    meta_views,
+    temperature,
+    delayed=False,
+    direction="exact",
+    shuffle=False,
+):
     """One step of Meta-USCL: look ahead, learn the weights from clean pairs, step with the new weights.
 
     The meta-loss depends on CMW-Net only through the looked-ahead weights theta' = theta - lr (dL/dtheta + ...),
@@ -47,6 +58,7 @@ def meta_step(encoder, cmw, optimizer, cmw_optimizer, views, meta_views, tempera
         delayed: step with the weights from before CMW-Net's update, taken as constants in the look-ahead too:
             the look-ahead's gradient then serves as the final one.
         direction: 'exact' (forward mode) or 'difference' (central difference of two forward passes).
+        shuffle: a control: in the final step every pair has the weight of the pair before it in the batch.
     """
     # 1. Forward at the current weights, kept for the look-ahead and for the final backward pass.
     h, z, tape = forward(encoder, views)
@@ -83,7 +95,7 @@ def meta_step(encoder, cmw, optimizer, cmw_optimizer, views, meta_views, tempera
     # 5. Step the encoder with the new weights.
     if not delayed:
         weights = cmw(h).detach()
-        loss = info_nce(z, weights, temperature)
+        loss = info_nce(z, weights.roll(1) if shuffle else weights, temperature)
         grads = gradients(loss, encoder)
     apply_gradients(encoder, optimizer, grads)
     return Step(loss.detach(), weights.detach(), meta_loss.detach(), seconds)

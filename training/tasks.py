@@ -101,7 +101,7 @@ def pocus(root: Path) -> Task:
     classes, left_out = ("covid", "pneumonia", "regular"), ("viral", "uncertain")
     index = root / "file_index.csv"
     by_tail, by_stem = {}, defaultdict(list)
-    for row in _read_csv(index, ("path", "label", "patient_id", "source_id")):
+    for row in read_csv(index, ("path", "label", "patient_id", "source_id")):
         by_tail["/".join(row["path"].split("/")[-4:]).lower()] = row
         by_stem[Path(row["path"]).stem.lower()].append(row)
     items, excluded, skipped, used = [], [], Counter(), set()
@@ -138,7 +138,7 @@ def pocus(root: Path) -> Task:
 def covid_blues(root: Path) -> Task:
     """COVID-BLUES (Wiedemann et al. 2025): severity score >= 2 against < 2 of a clip, grouped by patient."""
     table, scores = root / "severity.csv", defaultdict(set)
-    for row in _read_csv(table, ("video_file", "Severity Score")):
+    for row in read_csv(table, ("video_file", "Severity Score")):
         scores[row["video_file"].removesuffix(".mp4")].add(row["Severity Score"])
     items, excluded, files = [], [], _files(root, VIDEO)
     for path in files:
@@ -263,7 +263,7 @@ def _same_file_in_one_group(task: Task) -> Task:
     return task
 
 
-def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict]:
+def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict]:
     if not path.is_file():
         raise TaskError(f"{path}: no such file; it gives the labels (set --data or --blues to the data folder)")
     with open(path, newline="", encoding="utf-8-sig") as file:
