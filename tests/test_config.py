@@ -40,7 +40,7 @@ def test_yaml_round_trip(tmp_path):
         assert cli(Config, args=["--config", str(tmp_path / "c.yaml")]) == settings
 
 
-@pytest.mark.parametrize("name", ["demo", "open_data", "paper"])
+@pytest.mark.parametrize("name", ["demo", "open_data", "paper", "permissive"])
 def test_shipped_presets_load(name):
     from training.run import DEMO
 
