@@ -22,6 +22,7 @@ from training.segment import Segment
 from training.tasks import EvaluationError
 
 ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 DATA = Path(os.environ.get("USCL_DATA", ROOT.parent / "shared" / "data"))
 
 
@@ -61,7 +62,7 @@ def config(downstream, trained, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def out(config):
-    Path(config.model_card).write_text(f"# Card\n\nby hand\n\n{report.BEGIN}\noutdated\n{report.END}\n\nby hand too\n")
+    Path(config.model_card).write_text(f"# Card\n\nby hand\n\n{BEGIN}\noutdated\n{END}\n\nby hand too\n")
     return evaluate.main(config)
 
 
@@ -153,10 +154,19 @@ def test_the_report_is_one_file_and_says_what_was_left_out(out):
     assert len(row) == 4 and all(re.fullmatch(r" \d+\.\d \[\d+\.\d, \d+\.\d\] ", cell) for cell in row)
 
 
+def test_differences_are_shown_from_the_backbones_asked_for(result):
+    def shown(*compare):
+        text = report.markdown_tables({**result, "config": {**result["config"], "compare": compare}})
+        return [line.split(" ")[3].rstrip(",") for line in text.splitlines() if line.startswith("Paired differences")]
+
+    assert shown() == shown("random:test_resnet") == ["random:test_resnet"] * 3  # all tasks but the refused one
+    assert shown("ours") == []  # differences are of later backbones from earlier ones
+
+
 def test_the_model_card_changes_between_its_markers_only(config, out, result):
     text = Path(config.model_card).read_text()
-    assert text.startswith(f"# Card\n\nby hand\n\n{report.BEGIN}\n*Written by") and text.endswith("\n\nby hand too\n")
-    assert "outdated" not in text and "| ours | linear probe | 100% | video |" in text
+    assert text.startswith(f"# Card\n\nby hand\n\n{BEGIN}\n*Written by") and text.endswith("\n\nby hand too\n")
+    assert "outdated" not in text and "| ours | linear probe | 100% | video |" in text and "By class" not in text
     report.update_model_card(Path(config.model_card), result)
     assert Path(config.model_card).read_text() == text
     bare = out / "CARD.md"
@@ -164,6 +174,11 @@ def test_the_model_card_changes_between_its_markers_only(config, out, result):
     with pytest.raises(EvaluationError, match="CARD.md: needs one line <!-- results:begin"):
         report.update_model_card(bare, result)
     assert bare.read_text() == "no markers"
+    two = [f"<!-- results{name}:{end} -->" for name in ("", ":other") for end in ("begin", "end")]
+    bare.write_text("\n".join(two))
+    report.replace_section(bare, "other", "new")
+    lines = bare.read_text().splitlines()
+    assert lines[:3] == two[:3] and lines[-2:] == ["new", two[3]]
 
 
 def test_a_second_run_computes_nothing_and_says_the_same(config, out, result, monkeypatch):
@@ -207,6 +222,7 @@ def test_a_leak_ends_the_run_before_anything_is_computed(config, tmp_path):
     "changes, said",
     [
         ({"protocols": ("svm",)}, "protocols: no 'svm'; choose from knn, linear"),
+        ({"compare": ("theirs",)}, "compare: theirs is not among the backbones random:test_resnet, ours"),
         ({"tasks": ("heart",)}, "tasks: no 'heart'; choose from pocus"),
         ({"leaks": "ignore"}, "leaks: no 'ignore'"),
         ({"segment": Segment(heads=("fcn",))}, "segment.heads: no 'fcn'"),

@@ -43,7 +43,7 @@ def quick(code, cwd, path=ROOT, **env):
 def released(tmp_path_factory):
     """A copy of the package with one fp16 release added, as a later version will have."""
     root = tmp_path_factory.mktemp("released")
-    shutil.copytree(ROOT / "uscl_hub", root / "uscl_hub", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "uscl_hub", root / "uscl_hub", ignore=shutil.ignore_patterns("__pycache__", "meta_uscl_*"))
     torch.manual_seed(1)
     state = timm.create_model("resnet18", num_classes=0).state_dict()
     save_file(
@@ -97,13 +97,44 @@ def test_heads_channels_and_feature_maps():
     assert [f.shape[1] for f in timm.create_model(NAMES[0], features_only=True)(x)] == [64, 64, 128, 256, 512]
 
 
-@pytest.mark.skipif(bool(models.releases()), reason="there are released weights")
-@pytest.mark.parametrize(
-    "door", [lambda: timm.create_model(NAMES[0], pretrained=True), lambda: uscl_hub.load_meta_uscl_backbone()]
-)
-def test_no_release_is_an_error_not_random_weights(door):
-    with pytest.raises(checkpoints.CheckpointError, match="no pretrained weights have been released.*pretrained=False"):
-        door()
+def test_no_release_is_an_error_not_random_weights(tmp_path):
+    shutil.copytree(ROOT / "uscl_hub", tmp_path / "uscl_hub", ignore=shutil.ignore_patterns("__pycache__", "meta_uscl_*"))
+    (tmp_path / "uscl_hub/weights/registry.json").write_text("{}")
+    code = """
+import timm, uscl_hub
+for door in (lambda: timm.create_model("meta_uscl_resnet18", pretrained=True), uscl_hub.load_meta_uscl_backbone):
+    try: door()
+    except RuntimeError as e: assert "no pretrained weights have been released" in str(e) and "pretrained=False" in str(e)
+    else: raise SystemExit("random weights")
+"""
+    result = quick(code, tmp_path, tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("name", models.releases())
+def test_every_release_is_whole(name, monkeypatch):
+    """What the wheel ships: the file of the hash, at most 25 MB, its provenance complete, usable without network."""
+    entry, known = models.releases()[name], models.provenance(name)
+    file = models.WEIGHTS / entry["file"]
+    assert checkpoints.sha256(file) == entry["sha256"] and file.stat().st_size <= 25e6
+    assert entry["licence"] and entry["data"] and entry["metrics"]
+    assert {"method", "steps", "seed", "config", "sources", "code", "curves"} <= known.keys()
+    assert len(known["manifest"]) == sum(source["clips"] for source in known["sources"]) == len(known["clips"])
+    assert {clip["sha256"] for clip in known["manifest"]} == set(known["clips"])
+    assert {clip["group"] for clip in known["manifest"]} == set(known["groups"])
+    assert "not stated" not in {clip["licence"] for clip in known["manifest"]} and known["code"]["commit"]
+    model = timm.create_model(name, pretrained=True).eval()
+    assert model.pretrained_cfg["input_size"] == (3, entry["px"], entry["px"])
+    features = model(uscl_hub.create_transform(model)(torch.rand(300, 400))[None])
+    assert features.shape == (1, 512) and features.isfinite().all() and features.std() > 0
+
+
+def test_the_default_may_be_used_by_everybody():
+    first = next(iter(models.releases()))
+    assert models.releases()[first]["licence"] == "cc-by-4.0"
+    assert timm.create_model("meta_uscl_resnet18", pretrained=True).pretrained_cfg["tag"] == first.split(".")[1]
+    commercial = {"CC BY 4.0", "CC BY 2.0", "CC BY 4.0, CC BY 2.0", "Apache-2.0"}
+    assert {source["licence"] for source in models.provenance(first)["sources"]} <= commercial
 
 
 def test_every_idiom_with_a_release(released, tmp_path):

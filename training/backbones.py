@@ -12,6 +12,7 @@ from torch import nn
 import uscl_hub
 from training.export import fingerprint
 from training.tasks import EvaluationError, Task
+from uscl_hub import models
 from uscl_hub.checkpoints import CheckpointError, check_folder, sha256
 from uscl_hub.preprocess import MEAN, STD
 
@@ -82,7 +83,8 @@ def _create(spec: str, untrained: bool, seed: int, px: int) -> tuple[nn.Module, 
             size = _img_size(architecture, px)
             return timm.create_model(architecture, pretrained=not untrained, num_classes=0, **size), None
     if spec.startswith("meta_uscl_"):
-        return uscl_hub.load_meta_uscl_backbone(spec), None
+        model = uscl_hub.load_meta_uscl_backbone(spec)
+        return model, models.provenance(f"{model.pretrained_cfg['architecture']}.{model.pretrained_cfg['tag']}")
     raise EvaluationError(
         f"backbone {spec!r} is neither a folder nor random:NAME, timm:NAME, timm:NAME:pretrained or "
         "meta_uscl_NAME[.tag]"

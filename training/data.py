@@ -15,7 +15,7 @@ import torch
 from training import augment, pairs
 from training.config import Pairs
 
-TRAIN, META, VAL, ORDER = range(4)  # random streams
+TRAIN, META, VAL, ORDER, EXPLAIN = range(5)  # random streams
 
 
 @dataclass
@@ -44,6 +44,22 @@ def make_batch(cache, clips, config: Pairs, key, part=slice(None)):
         part: the slice of the batch to load: a rank's share. The random numbers are those of the global batch.
     """
     rng = np.random.default_rng(key)
+    numbers, mix = choose(cache, clips, config, rng)
+    chosen = cache.offsets[clips][:, None] + numbers
+    shape = (len(clips), 2, config.frames) if config.augment_first else (len(clips), 2)
+    augmentation = augment.draw(shape, rng, config.crop_scale, config.crop_ratio, config.jitter, config.flip)
+    return Batch(
+        frames=torch.from_numpy(cache.frames[chosen[part]]),
+        mix=torch.from_numpy(mix[part]),
+        augmentation=torch.from_numpy(augmentation[part]),
+    )
+
+
+def choose(cache, clips, config: Pairs, rng):
+    """Frame numbers int64 (n, K) and convex weights float32 (n, 2, K) of a pair of each clip.
+
+    Where a clip has fewer frames than K, they are repeated, with the weight 0.
+    """
     k = config.frames
     mix = np.zeros((len(clips), 2, k), np.float32)
     chosen = np.zeros((len(clips), k), np.int64)
@@ -51,14 +67,8 @@ def make_batch(cache, clips, config: Pairs, key, part=slice(None)):
         numbers = pairs.choose_frames(int(cache.lengths[clip]), k, config.max_dist, rng)
         weights = pairs.mixing_weights(len(numbers), config.mode, config.alpha, config.beta, rng)
         mix[i, :, : len(numbers)] = weights
-        chosen[i] = cache.offsets[clip] + np.resize(numbers, k)
-    shape = (len(clips), 2, k) if config.augment_first else (len(clips), 2)
-    augmentation = augment.draw(shape, rng, config.crop_scale, config.crop_ratio, config.jitter, config.flip)
-    return Batch(
-        frames=torch.from_numpy(cache.frames[chosen[part]]),
-        mix=torch.from_numpy(mix[part]),
-        augmentation=torch.from_numpy(augmentation[part]),
-    )
+        chosen[i] = np.resize(numbers, k)
+    return chosen, mix
 
 
 def train_clips(clips, step, batch, seed):

@@ -68,6 +68,10 @@ class Config:
     """Decoded frames, features and finished folds; runs may share it."""
     model_card: str = ""
     """A MODEL_CARD.md whose tables, between the markers, are to be replaced."""
+    section: str = ""
+    """Which markers: NAME for <!-- results:NAME:begin --> and end; '': <!-- results:begin -->."""
+    compare: tuple[str, ...] = ()
+    """Names of the backbones from which the report shows the differences of those after them; (): the first one."""
     px: int = 0
     """Side of the input; 0: each backbone's own, untrained ones that of the first trained one, else 64."""
     rate: float = 3.0
@@ -131,7 +135,7 @@ def main(config: Config) -> Path:
     (out / "results.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     report.write(out)
     if config.model_card:
-        report.update_model_card(Path(config.model_card), result)
+        report.update_model_card(Path(config.model_card), result, config.section)
     print(report.markdown_tables(result))
     print(f"{out / 'report.html'} written, {result['seconds']:.0f} s")
     return out
@@ -156,6 +160,8 @@ def check(config: Config):
     names = [split_name(spec)[0] for spec in config.backbones]
     if len(set(names)) < len(names):
         raise EvaluationError(f"backbones: {', '.join(names)} are not all different; name one, as in 'ours=FOLDER'")
+    if unknown := set(config.compare) - set(names):
+        raise EvaluationError(f"compare: {', '.join(sorted(unknown))} is not among the backbones {', '.join(names)}")
     if config.folds < 2 or config.draws < 1 or config.rate <= 0 or any(not 0 < f <= 1 for f in config.fractions):
         raise EvaluationError("folds must be at least 2, draws at least 1, rate above 0 and fractions in (0, 1]")
     if config.device == "cuda" and not torch.cuda.is_available():

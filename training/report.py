@@ -20,7 +20,6 @@ from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay  # noqa: E40
 from training.tasks import EvaluationError  # noqa: E402
 from uscl_hub.files import write_whole  # noqa: E402
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NAMES = {
     "knn": "kNN",
     "linear": "linear probe",
@@ -99,8 +98,9 @@ def _kind(row: dict) -> list[str]:
     return [row["backbone"], NAMES[row["protocol"]], f"{row['fraction']:.0%}", row["level"]]
 
 
-def markdown_tables(result: dict) -> str:
-    """For every task its results, the differences from the first backbone, and the results by class."""
+def markdown_tables(result: dict, by_class: bool = True) -> str:
+    """For every task its results, the differences from the backbones of `compare` (default: the first one), and the
+    results by class."""
     parts, head = [], ["backbone", "protocol", "labels", "level"]
     for name, task in result["tasks"].items():
         rows = sorted((r for r in result["results"] if r["task"] == name), key=_order)
@@ -113,26 +113,28 @@ def markdown_tables(result: dict) -> str:
         undefined = max(e["undefined_draws"] for r in rows for e in r["metrics"].values())
         if undefined:
             parts.append(f"Up to {undefined} draws lacked a class; the intervals are of the others.")
-        first = rows[0]["backbone"]  # of what was tested on this task
-        found = [
-            [*_kind(d), d["metric"], interval(d, "+"), d["verdict"]]
-            for d in sorted(result["differences"], key=_order)
-            if d["task"] == name and d["against"] == first and d["metric"] in COMPARED
-        ]
-        if found:
-            parts.append(
-                f'Paired differences from {first}, on the same folds and draws; "better" and "worse" only where the '
-                "interval excludes 0:"
-            )
-            parts.append(table([*head, "metric", "difference (points)", "verdict"], found))
-        by_class = [
+        for first in result["config"].get("compare") or [rows[0]["backbone"]]:  # of what was tested on this task
+            found = [
+                [*_kind(d), d["metric"], interval(d, "+"), d["verdict"]]
+                for d in sorted(result["differences"], key=_order)
+                if d["task"] == name and d["against"] == first and d["metric"] in COMPARED
+            ]
+            if found:
+                parts.append(
+                    f'Paired differences from {first}, on the same folds and draws; "better" and "worse" only where '
+                    "the interval excludes 0:"
+                )
+                parts.append(table([*head, "metric", "difference (points)", "verdict"], found))
+        if not by_class:
+            continue
+        rows_by_class = [
             [*_kind(r), c, *(interval(r["metrics"][f"{m} {c}"]) for m in ("precision", "recall", "F1"))]
             for r in rows
             for c in task["classes"]
             if f"F1 {c}" in r["metrics"]
         ]
-        if by_class:
-            parts += ["By class:", table([*head, "class", "precision (%)", "recall (%)", "F1 (%)"], by_class)]
+        if rows_by_class:
+            parts += ["By class:", table([*head, "class", "precision (%)", "recall (%)", "F1 (%)"], rows_by_class)]
     return "\n\n".join(parts)
 
 
@@ -154,16 +156,25 @@ def data_notes(result: dict) -> str:
     return "\n\n".join(parts)
 
 
-def update_model_card(path: Path, result: dict):
-    """Replace what stands between the markers of a model card. Raises EvaluationError if it lacks them."""
-    text = path.read_text(encoding="utf-8") if path.exists() else f"# Model card\n\n{BEGIN}\n{END}\n"
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise EvaluationError(f"{path}: needs one line {BEGIN} and after it one line {END}, around its result tables")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    note = "*Written by training/evaluate.py; changes by hand are lost.*"
-    body = "\n\n".join([note, about(result), markdown_tables(result)])
-    write_whole(path, lambda part: part.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8"))
+def update_model_card(path: Path, result: dict, section: str = ""):
+    """Replace a section's tables in a model card; see `replace_section`. Results by class are left to the report."""
+    replace_section(path, section, "\n\n".join([about(result), markdown_tables(result, by_class=False)]))
+
+
+def replace_section(path: Path, section: str, body: str):
+    """Replace what stands between the markers of a section of a model card; a missing card is made.
+
+    Raises EvaluationError if the card lacks the markers.
+    """
+    name = f"results:{section}" if section else "results"
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    text = path.read_text(encoding="utf-8") if path.exists() else f"# Model card\n\n{begin}\n{end}\n"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise EvaluationError(f"{path}: needs one line {begin} and after it one line {end}, around its result tables")
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    note = "*Written by the command below; changes by hand are lost.*"
+    write_whole(path, lambda part: part.write_text(f"{before}{begin}\n{note}\n\n{body}\n{end}{after}", encoding="utf-8"))
 
 
 # --------------------------------------------------------------------------------------------------------- plots

@@ -43,7 +43,11 @@ def _info(args):
 
     released = models.releases()
     if args.what in released:
-        return _shown({"name": args.what, **released[args.what]})
+        known = models.provenance(args.what) or {}
+        long = ("manifest", "curves")  # in weights/NAME.json, beside this package
+        return _shown(
+            {"name": args.what, **released[args.what], "provenance": {k: known[k] for k in known if k not in long}}
+        )
     if args.what in models.ARCHITECTURES:
         tags = [name for name in released if name.split(".")[0] == args.what]
         return _shown({"name": args.what, "backbone": models.ARCHITECTURES[args.what], "released": tags})

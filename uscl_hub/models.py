@@ -4,7 +4,8 @@ They are timm's own ResNets (same modules, same state-dict names) with ultrasoun
 num_classes they are feature extractors, as their checkpoints are: there is no classifier to load.
 
 Released checkpoints are listed in weights/registry.json, keyed by their timm name; the first one of an
-architecture is what pretrained=True takes. To release one, put its file into weights/ and add an entry:
+architecture is what pretrained=True takes. training/release.py writes a release: the weights' file, NAME.json with
+their provenance, and an entry:
 
     "meta_uscl_resnet18.<tag>": {
         "file": "meta_uscl_resnet18.<tag>.safetensors",   (in weights/; null if it is on the Hub only)
@@ -39,6 +40,12 @@ PX = 64  # input size where no checkpoint says otherwise
 def releases() -> dict[str, dict]:
     """Released checkpoints by timm name ('meta_uscl_resnet18.<tag>'), in order of preference."""
     return json.loads((WEIGHTS / "registry.json").read_text(encoding="utf-8"))
+
+
+def provenance(name: str) -> dict | None:
+    """What weights/NAME.json says of a release's training: method, config, sources, manifest, ...; None without it."""
+    path = WEIGHTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if name in releases() and path.is_file() else None
 
 
 def make_cfg(px: int = PX, mean: float = MEAN, std: float = STD, **extra) -> dict:

@@ -1,0 +1,135 @@
+"""Turn a finished training into a released checkpoint: `python training/release.py RUN --tag TAG --licence ... --data ...`.
+
+Reads RUN/export, RUN/manifest.json and RUN/log.jsonl. Writes to uscl_hub/weights/ the weights (fp16 unless told),
+a JSON file with the full provenance (settings, a line a clip with hash and licence, code commit, seed, curves) and the
+registry's entry. With --results, figures that training/evaluate.py measured of this tag go into the entry.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+from training import config as configs  # noqa: E402
+from training.figures import read_log  # noqa: E402
+from training.report import NAMES  # noqa: E402
+from uscl_hub import models  # noqa: E402
+from uscl_hub.checkpoints import (  # noqa: E402
+    WEIGHTS_NAME,
+    CheckpointError,
+    check_folder,
+    load_tensors,
+    save_tensors,
+    sha256,
+)
+from uscl_hub.files import write_whole  # noqa: E402
+
+MAX_BYTES = 25_000_000  # of a file in the wheel
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass
+class Release:
+    """Release a training's weights with the package."""
+
+    run: str = ""
+    """Output folder of training/run.py."""
+    tag: str = ""
+    """The name after the dot: meta_uscl_resnet18.TAG."""
+    licence: str = ""
+    """Of the weights, a Hub licence id such as cc-by-4.0: at least what the data's licences ask for."""
+    data: str = ""
+    """What it was trained on, in one line."""
+    dtype: str = "fp16"
+    """fp16 or fp32."""
+    default: bool = False
+    """Put it first: what pretrained=True takes."""
+    results: tuple[str, ...] = ()
+    """results.json files of training/evaluate.py with this tag among the backbones: its figures go into the registry."""
+
+
+def main(settings: Release, weights: Path = models.WEIGHTS) -> str:
+    """Write the release into `weights` and return its name. Raises CheckpointError, naming what is missing or wrong."""
+    for name in ("run", "tag", "licence", "data"):
+        if not getattr(settings, name):
+            raise CheckpointError(f"--{name}: is needed")
+    if not settings.tag.isidentifier():
+        raise CheckpointError(f"--tag: letters, digits and _ only, not {settings.tag!r}")
+    if settings.dtype not in DTYPES:
+        raise CheckpointError(f"--dtype: one of {', '.join(DTYPES)}, not {settings.dtype!r}")
+    run = Path(settings.run)
+    config = check_folder(run / "export")
+    ours = {plain: name for name, plain in models.ARCHITECTURES.items()}
+    if config["architecture"] not in ours:
+        raise CheckpointError(f"{run}: {config['architecture']} is none of {', '.join(ours)}")
+    name = f"{ours[config['architecture']]}.{settings.tag}"
+    provenance = complete_provenance(run, config["uscl_hub"])
+
+    state = load_tensors(run / "export" / WEIGHTS_NAME)
+    state = {k: v.to(DTYPES[settings.dtype]) if v.is_floating_point() else v for k, v in state.items()}
+    if bad := [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]:
+        raise CheckpointError(f"{run}: {bad[0]} is not finite in {settings.dtype}; use --dtype fp32")
+    file = weights / f"{name}.safetensors"
+    write_whole(file, lambda path: save_tensors(state, path))
+    if file.stat().st_size > MAX_BYTES:
+        size = file.stat().st_size
+        file.unlink()
+        raise CheckpointError(f"{name}: {size / 1e6:.1f} MB are too much for the wheel ({MAX_BYTES / 1e6:.0f} MB)")
+    write_whole(weights / f"{name}.json", lambda path: path.write_text(json.dumps(provenance, indent=0) + "\n"))
+
+    registry = json.loads((weights / "registry.json").read_text(encoding="utf-8"))
+    entry = {
+        "file": file.name,
+        "sha256": sha256(file),
+        "px": config["pretrained_cfg"]["input_size"][-1],
+        "licence": settings.licence,
+        "data": settings.data,
+        "metrics": dict(figure for path in settings.results for figure in figures_of(name, Path(path))),
+        "hub_id": None,
+    }
+    first = {name: entry} if settings.default else {}
+    registry = {**first, **registry, name: entry}
+    write_whole(weights / "registry.json", lambda path: path.write_text(json.dumps(registry, indent=2) + "\n"))
+    return name
+
+
+def complete_provenance(run: Path, provenance: dict) -> dict:
+    """The export's provenance with the manifest, each clip with its licence, and the curves of the training."""
+    licences = {source["name"]: source["licence"] for source in provenance["sources"]}
+    if unknown := [source for source, licence in licences.items() if licence == "not stated"]:
+        raise CheckpointError(f"{run}: no licence is stated for {', '.join(unknown)} (data.licences): not released")
+    text = (run / "manifest.json").read_text()
+    if hashlib.sha256(text.encode()).hexdigest() != provenance["manifest_sha256"]:
+        raise CheckpointError(f"{run / 'manifest.json'}: is not that of the export")
+    log = read_log(run / "log.jsonl")
+    steps = [row for row in log if "loss" in row]
+    return {
+        **provenance,
+        "manifest": [{**clip, "licence": licences[clip["source"]]} for clip in json.loads(text)],
+        "curves": {
+            "training": [{k: row[k] for k in ("step", "loss", "meta_loss") if k in row} for row in steps[::10]],
+            "validation": [row for row in log if "val_loss" in row],
+        },
+    }
+
+
+def figures_of(name: str, path: Path):
+    """(name, value) of what an evaluation with all labels measured of `name`, by item, not by frame."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    specs = {backbone: about["spec"] for backbone, about in result["backbones"].items()}
+    for row in result["results"]:
+        if specs[row["backbone"]] == name and row["fraction"] == 1 and row["level"] != "frame":
+            metric = next(m for m in ("macro-F1", "Dice") if m in row["metrics"])
+            yield f"{row['task']} {metric}, {NAMES[row['protocol']]}", round(row["metrics"][metric]["value"], 4)
+
+
+if __name__ == "__main__":
+    try:
+        print(main(configs.cli(Release, __doc__)))
+    except (CheckpointError, OSError) as error:
+        sys.exit(f"release.py: {error}")
