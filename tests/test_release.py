@@ -1,6 +1,7 @@
 """From a finished training to a released checkpoint."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -43,6 +44,8 @@ def test_weights_provenance_and_registry(settings, trained, weights):
     entry = json.loads((weights / "registry.json").read_text())["meta_uscl_tiny.v1"]
     file = weights / entry["file"]
     assert entry["sha256"] == checkpoints.sha256(file) and entry["px"] == 32 and entry["licence"] == "cc0-1.0"
+    for path in (file, f"{trained}/export/model.safetensors", f"{trained}/export/config.json"):
+        assert os.stat(path).st_mode == os.stat(weights / "registry.json").st_mode  # who may read one may read all
     before = checkpoints.load_tensors(f"{trained}/export/model.safetensors")
     after = checkpoints.load_tensors(file)
     assert before.keys() == after.keys()

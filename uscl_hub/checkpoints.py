@@ -329,13 +329,13 @@ def check_folder(folder) -> dict:
 
 def save_tensors(state_dict: dict[str, torch.Tensor], path) -> None:
     """Write a safetensors file as timm does. Raises OSError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    content = save({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, metadata={"format": "pt"})
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from error
+        Path(path).write_bytes(content)  # a file that save_file makes, only its owner may read
+    except OSError as error:
+        raise OSError(error.errno, f"{path}: cannot be written ({error.strerror})") from error
 
 
 def save_folder(folder, state_dict: dict, config: dict, card: str) -> Path:
