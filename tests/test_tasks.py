@@ -38,6 +38,7 @@ def test_every_task_finds_all(downstream):
     expected = {
         "pocus": ([7, 6, 6], 19),
         "blues": ([8, 8], 8),
+        "blues_point": ([16], 8),  # all at point 1
         "busi": ([32, 32], 64),
         "busi3": ([32, 32, 32], 96),
         "busi_seg": ([32, 32], 64),
@@ -71,6 +72,18 @@ def test_pocus_names_what_it_cannot_use(copy):
     assert len(same) == 1, "copies of one file are one group, however many patients they are filed under"
     with pytest.raises(TaskError, match="(?s)4 of 20 files cannot be used.*stranger.mp4: not in file_index"):
         tasks.check_excluded(task, 0.05)
+
+
+def test_scan_points_are_in_the_names(copy):
+    videos = copy / "covid_blues" / "lus_videos"
+    (copy / "covid_blues" / "severity.csv").unlink()
+    for old, new in (("patient_0_L1", "patient_0_R3_2"), ("patient_1_L1", "patient_1_L2"), ("patient_2_L1", "p2")):
+        (videos / f"{old}.mp4").rename(videos / f"{new}.mp4")
+    task = load(copy, "blues_point")
+    labels = {item.path.stem: item.label for item in task.items}
+    assert (labels["patient_0_R3_2"], labels["patient_1_L2"], labels["patient_1_R1"]) == ("point 3", "point 2", "point 1")
+    assert [reason for _, reason in task.excluded] == ["its name is not patient_N and a point from L1 to R3"]
+    assert len(task.items) == 15 and {item.group for item in task.items} == {f"covid_blues/patient_{i}" for i in range(8)}
 
 
 def test_blues_names_what_it_cannot_use(copy):
@@ -210,8 +223,8 @@ def test_a_cell_that_is_cut_short_leaves_nothing_behind(tmp_path):
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data")
 def test_the_real_data_is_all_accounted_for():
     counts = {}
-    for name in ("pocus", "blues", "busi_seg"):
+    for name in ("pocus", "blues", "blues_point", "busi_seg"):
         task = load_task(name, DATA / "classification", DATA / "pretrain" / "covid_blues")
         make_folds(task.labels, task.groups, task.classes, 5, seed=0, name=task.title)
         counts[name] = task.found, len(task.excluded), len(set(task.groups))
-    assert counts == {"pocus": (159, 0, 105), "blues": (282, 0, 48), "busi_seg": (647, 2, 505)}
+    assert counts == {"pocus": (159, 0, 105), "blues": (282, 0, 48), "blues_point": (282, 0, 48), "busi_seg": (647, 2, 505)}

@@ -28,7 +28,7 @@ from uscl_hub.preprocess import resize
 
 DUPLICATE = 0.94  # correlation of 32 px images; on BUSI few pairs lie between 0.93 and 0.96
 UNKNOWN_FPS = 25.0  # of a moving file that does not say
-NAMES = ("pocus", "busi", "busi3", "blues", "busi_seg")
+NAMES = ("pocus", "busi", "busi3", "blues", "blues_point", "busi_seg")
 VERSION = 1  # of everything that decides cached numbers: decoding, protocols, training
 
 
@@ -87,7 +87,7 @@ def load_task(name: str, data: Path, blues: Path) -> Task:
         raise TaskError(f"no task {name!r}: choose from {', '.join(NAMES)}")
     if name == "pocus":
         return pocus(Path(data) / "pocus_lung")
-    return covid_blues(Path(blues)) if name == "blues" else busi(Path(data) / "busi", name)
+    return covid_blues(Path(blues), name) if name.startswith("blues") else busi(Path(data) / "busi", name)
 
 
 # ------------------------------------------------------------------------------------------------- the data sets
@@ -135,8 +135,14 @@ def pocus(root: Path) -> Task:
     return _same_file_in_one_group(Task("pocus", "POCUS lung", classes, items, excluded, notes))
 
 
-def covid_blues(root: Path) -> Task:
-    """COVID-BLUES (Wiedemann et al. 2025): severity score >= 2 against < 2 of a clip, grouped by patient."""
+def covid_blues(root: Path, name: str = "blues") -> Task:
+    """COVID-BLUES (Wiedemann et al. 2025), grouped by patient.
+
+    name: 'blues' (severity score >= 2 against < 2 of a clip), or 'blues_point' (which of the three BLUE points of a lung
+    the clip was taken at, from its name: a question that needs no expert, for tuning a pretraining).
+    """
+    if name == "blues_point":
+        return _blue_points(root)
     table, scores = root / "severity.csv", defaultdict(set)
     for row in read_csv(table, ("video_file", "Severity Score")):
         scores[row["video_file"].removesuffix(".mp4")].add(row["Severity Score"])
@@ -158,6 +164,18 @@ def covid_blues(root: Path) -> Task:
         excluded.append((f"{root.name}/{stem}", f"scored in {table.name}, but there is no video of that name"))
     classes, notes = ("score < 2", "score >= 2"), ["the group is the patient"]
     return _same_file_in_one_group(Task("blues", "COVID-BLUES severity", classes, items, excluded, notes))
+
+
+def _blue_points(root: Path) -> Task:
+    items, excluded = [], []
+    for path in _files(root, VIDEO):
+        if match := re.match(r"(patient_\d+)_[LR]([123])(_\d+)?$", path.stem):
+            group = f"{root.name}/{match[1]}"
+            items.append(Item(_id(path, root), path, "video", f"point {match[2]}", group, aliases=(match[1],)))
+        else:
+            excluded.append((_id(path, root), "its name is not patient_N and a point from L1 to R3"))
+    classes, notes = ("point 1", "point 2", "point 3"), ["the group is the patient"]
+    return _same_file_in_one_group(Task("blues_point", "COVID-BLUES scan point", classes, items, excluded, notes))
 
 
 def busi(root: Path, name: str = "busi") -> Task:
