@@ -76,7 +76,9 @@ def downstream(tmp_path_factory):
         for patient in range(1 if label == "viral" else 6):
             path = root / "pocus_lung" / "videos" / "convex" / label / f"{label}{patient}.mp4"
             write_video(path, simulate_clip(kind, 8, 48, seed=patient), fps=6)
-            rows.append([f"cc_licensed/videos/convex/{label}/{path.name}", label, "CC BY 4.0", f"{label}{patient}", "1"])
+            rows.append(
+                [f"cc_licensed/videos/convex/{label}/{path.name}", label, "CC BY 4.0", f"{label}{patient}", "1"]
+            )
     path = root / "pocus_lung" / "images" / "convex" / "covid" / "still.png"
     path.parent.mkdir(parents=True)
     Image.fromarray(simulate_clip("lesion", 1, 48, seed=99)[0]).save(path)

@@ -67,8 +67,19 @@ def test_a_stopped_training_ends_the_run_with_what_to_do(config, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arm", ["uscl", "uscl/standard", "uscl/middle/3", "uscl/inner/x", "simclr/inner/3", "moco", "uscl/inner/0", "uscl/inner/3/delayed",
-     "meta_uscl/inner/3/every0", "meta_uscl/inner/3/every2/shuffled"]
+    "arm",
+    [
+        "uscl",
+        "uscl/standard",
+        "uscl/middle/3",
+        "uscl/inner/x",
+        "simclr/inner/3",
+        "moco",
+        "uscl/inner/0",
+        "uscl/inner/3/delayed",
+        "meta_uscl/inner/3/every0",
+        "meta_uscl/inner/3/every2/shuffled",
+    ],
 )
 def test_an_unknown_arm_is_refused(config, arm):
     with pytest.raises(EvaluationError, match=f"arms: '{arm}' is not"):

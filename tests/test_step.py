@@ -136,9 +136,7 @@ def test_random_layers_draw_the_same_in_every_pass_at_the_same_weights(direction
 def test_shuffled_weights_go_to_the_next_pair_in_the_final_step_only():
     encoder, cmw, optimizer, cmw_optimizer, views, meta_views = build("test_resnet")
     expected = oracle(encoder, cmw, optimizer, views, meta_views)[0]
-    result = step.meta_step(
-        encoder, cmw, optimizer, cmw_optimizer, views, meta_views, TEMPERATURE, shuffle=True
-    )
+    result = step.meta_step(encoder, cmw, optimizer, cmw_optimizer, views, meta_views, TEMPERATURE, shuffle=True)
     assert relative([p.grad for p in cmw.parameters()], expected) < 1e-9  # CMW-Net learns as ever
     reference, _, reference_optimizer, *_ = build("test_resnet")
     h, z = per_view(reference, views)

@@ -81,9 +81,15 @@ def test_scan_points_are_in_the_names(copy):
         (videos / f"{old}.mp4").rename(videos / f"{new}.mp4")
     task = load(copy, "blues_point")
     labels = {item.path.stem: item.label for item in task.items}
-    assert (labels["patient_0_R3_2"], labels["patient_1_L2"], labels["patient_1_R1"]) == ("point 3", "point 2", "point 1")
+    assert (labels["patient_0_R3_2"], labels["patient_1_L2"], labels["patient_1_R1"]) == (
+        "point 3",
+        "point 2",
+        "point 1",
+    )
     assert [reason for _, reason in task.excluded] == ["its name is not patient_N and a point from L1 to R3"]
-    assert len(task.items) == 15 and {item.group for item in task.items} == {f"covid_blues/patient_{i}" for i in range(8)}
+    assert len(task.items) == 15 and {item.group for item in task.items} == {
+        f"covid_blues/patient_{i}" for i in range(8)
+    }
 
 
 def test_blues_names_what_it_cannot_use(copy):
@@ -227,4 +233,9 @@ def test_the_real_data_is_all_accounted_for():
         task = load_task(name, DATA / "classification", DATA / "pretrain" / "covid_blues")
         make_folds(task.labels, task.groups, task.classes, 5, seed=0, name=task.title)
         counts[name] = task.found, len(task.excluded), len(set(task.groups))
-    assert counts == {"pocus": (159, 0, 105), "blues": (282, 0, 48), "blues_point": (282, 0, 48), "busi_seg": (647, 2, 505)}
+    assert counts == {
+        "pocus": (159, 0, 105),
+        "blues": (282, 0, 48),
+        "blues_point": (282, 0, 48),
+        "busi_seg": (647, 2, 505),
+    }

@@ -76,13 +76,11 @@ def training(config: Config, arm: str, seed: int) -> configs.Config:
     one = copy.deepcopy(config.train)
     one.method, one.seed, one.out = method, seed, str(Path(config.out) / "training" / f"{slug(arm)}-{seed}")
     one.data.cache, one.resume = str(Path(config.out) / "frames"), True
-    pattern = r"(?:uscl|meta_uscl)/(standard|inner)/([1-9]\d*)"
-    if match := re.fullmatch(pattern, arm) or re.fullmatch(
-        r"meta_uscl/(standard|inner)/([1-9]\d*)/(?:(delayed)|every([1-9]\d*)|(shuffled))", arm
-    ):
-        one.pairs.mode, one.pairs.frames = match[1], int(match[2])
-        if match.re.groups > 2:
-            one.meta.delayed, one.meta.every, one.meta.shuffle = bool(match[3]), int(match[4] or 1), bool(match[5])
+    option = r"(?:/(?:(delayed)|every([1-9]\d*)|(shuffled)))?"
+    if match := re.fullmatch(rf"(meta_)?uscl/(standard|inner)/([1-9]\d*)(?(1){option})", arm):
+        one.pairs.mode, one.pairs.frames = match[2], int(match[3])
+        if match[4] or match[5] or match[6]:
+            one.meta.delayed, one.meta.every, one.meta.shuffle = bool(match[4]), int(match[5] or 1), bool(match[6])
     elif arm != "simclr":
         raise EvaluationError(
             f"arms: {arm!r} is not 'random', 'simclr', or like 'uscl/standard/3', 'meta_uscl/inner/2', "

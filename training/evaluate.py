@@ -49,8 +49,8 @@ class Config:
     folder, where '{seed}' stands for each seed; 'label=' before it names it in the report. Differences are from the
     first one."""
     tasks: tuple[str, ...] = ("pocus", "busi", "busi3", "blues")
-    """pocus (3 classes, by patient), busi (benign / malignant), busi3, blues (COVID-BLUES severity), blues_point (its scan
-    points: for tuning), busi_seg."""
+    """pocus (3 classes, by patient), busi (benign / malignant), busi3, blues (COVID-BLUES severity), blues_point (scan
+    points of its clips: for tuning), busi_seg."""
     protocols: tuple[str, ...] = ("knn", "linear")
     """knn, linear, finetune_last, finetune_full; busi_seg is trained with segment.heads instead."""
     fractions: tuple[float, ...] = (1.0,)

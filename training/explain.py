@@ -135,8 +135,10 @@ def main(run, batches=60, model_card=None, section="weights"):
     text = describe(pairs, [clips.public[s] for s in clips.cache.sources], clips.groups)
     draw(pairs, [clips.public[s] for s in clips.cache.sources], run / "figures" / "explain.png")
     if model_card:
-        command = f"`python training/explain.py {run} --model-card {model_card}`; {state.step} steps, seed {config.seed}"
-        report.replace_section(Path(model_card), section, f"{command}.\n\n{text}")
+        command = f"`python training/explain.py {run} --model-card {model_card}`"
+        report.replace_section(
+            Path(model_card), section, f"{command}; {state.step} steps, seed {config.seed}.\n\n{text}"
+        )
     print(text)
     return text
 

@@ -1,7 +1,7 @@
 """Links to those files of POCUS lung whose licence allows it: `python training/licensed.py DATA/pocus_lung OUT ...`.
 
-OUT becomes a folder that `data.roots` takes: patient_N/FILE (or source_N), so that clips and groups have the names by which
-training/evaluate.py knows them and refuses a backbone that has seen the patients it is tested on.
+OUT becomes a folder that `data.roots` takes: patient_N/FILE (or source_N), so that clips and groups have the names by
+which training/evaluate.py knows them and refuses a backbone that has seen the patients it is tested on.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Turn a finished training into a released checkpoint: `python training/release.py RUN --tag TAG --licence ... --data ...`.
+"""Turn a finished training into a released checkpoint: `python training/release.py --run RUN --tag TAG ...`.
 
 Reads RUN/export, RUN/manifest.json and RUN/log.jsonl. Writes to uscl_hub/weights/ the weights (fp16 unless told),
 a JSON file with the full provenance (settings, a line a clip with hash and licence, code commit, seed, curves) and the
@@ -50,7 +50,7 @@ class Release:
     default: bool = False
     """Put it first: what pretrained=True takes."""
     results: tuple[str, ...] = ()
-    """results.json files of training/evaluate.py with this tag among the backbones: its figures go into the registry."""
+    """results.json files of training/evaluate.py with this tag among the backbones; the registry gets its figures."""
 
 
 def main(settings: Release, weights: Path = models.WEIGHTS) -> str:

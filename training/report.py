@@ -174,7 +174,8 @@ def replace_section(path: Path, section: str, body: str):
     before, rest = text.split(begin)
     after = rest.split(end)[1]
     note = "*Written by the command below; changes by hand are lost.*"
-    write_whole(path, lambda part: part.write_text(f"{before}{begin}\n{note}\n\n{body}\n{end}{after}", encoding="utf-8"))
+    text = f"{before}{begin}\n{note}\n\n{body}\n{end}{after}"
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 # --------------------------------------------------------------------------------------------------------- plots

@@ -138,8 +138,8 @@ def pocus(root: Path) -> Task:
 def covid_blues(root: Path, name: str = "blues") -> Task:
     """COVID-BLUES (Wiedemann et al. 2025), grouped by patient.
 
-    name: 'blues' (severity score >= 2 against < 2 of a clip), or 'blues_point' (which of the three BLUE points of a lung
-    the clip was taken at, from its name: a question that needs no expert, for tuning a pretraining).
+    name: 'blues' (severity score >= 2 against < 2 of a clip), or 'blues_point' (at which of a lung's three BLUE points
+    the clip was taken, from its name: a question that needs no expert, for tuning a pretraining).
     """
     if name == "blues_point":
         return _blue_points(root)
