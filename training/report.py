@@ -158,7 +158,8 @@ def data_notes(result: dict) -> str:
 
 def update_model_card(path: Path, result: dict, section: str = ""):
     """Replace a section's tables in a model card; see `replace_section`. Results by class are left to the report."""
-    replace_section(path, section, "\n\n".join([about(result), markdown_tables(result, by_class=False)]))
+    tables = markdown_tables(result, by_class=False).replace("## ", "### ")  # the section has a heading of its own
+    replace_section(path, section, f"{about(result)}\n\n{tables}")
 
 
 def replace_section(path: Path, section: str, body: str):
