@@ -293,8 +293,11 @@ def test_pickle_beside_is_never_a_fallback(tmp_path):
             pretrained=True,
             pretrained_cfg_overlay={"file": str(tmp_path / "out/pytorch_model.bin")},
         )
-    with pytest.raises(CheckpointError, match="URL"):
-        timm.create_model("meta_uscl_resnet18", pretrained=True, pretrained_cfg_overlay={"url": "http://x/y.pth"})
+    for name in ("meta_uscl_resnet18", "meta_uscl_resnet34"):  # one has a release, the other has none
+        with pytest.raises(CheckpointError, match="URL"):
+            timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"url": "http://x/y.pth"})
+        with pytest.raises(CheckpointError, match="org/name.*HF_HUB_OFFLINE"):
+            timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"hf_hub_id": "org/name"})
 
 
 def test_weights_that_are_not_those_of_the_provenance(tmp_path):

@@ -285,7 +285,7 @@ def refusal(config):
             dict(model={"name": "resnet18", "pretrained": True}),
             "cannot make resnet18 with pretrained True: .*connection",
         ),
-        (dict(model={"pretrained": True, "name": "meta_uscl_resnet18"}), "no pretrained weights have been released"),
+        (dict(model={"pretrained": True, "name": "meta_uscl_resnet34"}), "no pretrained weights have been released"),
         (dict(model={"name": "test_vit", "size": 9}), "test_vit does not take images of model.size = 9: "),
     ],
 )

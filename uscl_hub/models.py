@@ -98,6 +98,9 @@ def _create(variant: str, pretrained: bool, **kwargs):
     from . import checkpoints
 
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    own = {"file": None, "hf_hub_id": None, "url": ""}
+    if own.keys() & overlay.keys():  # what the caller names comes before the release's own sources
+        overlay = {**own, **overlay}
     cfg = resolve_pretrained_cfg(variant, kwargs.pop("pretrained_cfg", None), overlay)
     if cfg.state_dict is None:
         cfg_file = checkpoints.locate(variant, cfg, kwargs.get("cache_dir"))
