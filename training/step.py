@@ -5,6 +5,7 @@ then the n second views. Representations h are (2, N, d), projections z are (2, 
 """
 
 import time
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -78,6 +79,7 @@ def meta_step(
     # 3. Unweighted loss of the clean pairs there, and its gradient.
     meta_z = forward(encoder, meta_views, {**ahead, **scratch_buffers(encoder)})[1]
     meta_loss = info_nce(meta_z, None, temperature)
+    free_in_backward(ahead.values())
     meta_grads = distributed.sum_(list(torch.autograd.grad(meta_loss, list(ahead.values()))))
     del ahead, meta_z
 
@@ -142,6 +144,16 @@ def look_ahead(encoder, optimizer, grads):
             torch._foreach_add_(moved, buffers, alpha=-lr * group["momentum"])
         ahead.update({names[p]: t.requires_grad_() for p, t in zip(params, moved)})
     return {name: ahead[name] for name in names.values()}
+
+
+def free_in_backward(leaves):
+    """Free each leaf's memory as soon as the backward pass has its whole gradient: nobody needs it from there on."""
+    for leaf in leaves:
+        leaf.register_hook(partial(_free, leaf.untyped_storage()))
+
+
+def _free(storage, _gradient):
+    storage.resize_(0)
 
 
 def look_ahead_direction(encoder, optimizer, meta_grads):
