@@ -6,6 +6,7 @@ a nearly still clip, a filmed screen) the region falls back to what is not black
 never given up to be rid of text.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Iterable, Sequence
 
@@ -92,9 +93,12 @@ def _shrink(frames: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
     t, height, width = frames.shape
     h, w = -(-height // step), -(-width // step)
     padded = np.pad(frames, ((0, 0), (0, h * step - height), (0, w * step - width)), mode="edge")
-    blocks = padded.reshape(t, h, step, w, step)  # slice by slice, 10 times as fast as blocks.mean((2, 4))
-    slices = (blocks[:, :, i, :, j].astype(np.float32) for i in range(step) for j in range(step))
-    small = sum(slices) / np.float32(step**2)
+    blocks = padded.reshape(t, h, step, w, step)
+    small = np.zeros((t, h, w), np.float32)
+    for i in range(step):  # slice by slice, 10 times as fast as blocks.mean((2, 4))
+        for j in range(step):
+            small += blocks[:, :, i, :, j]
+    small /= np.float32(step**2)
     return small.mean(0), small
 
 
@@ -158,8 +162,22 @@ def _lit_area(content: np.ndarray) -> np.ndarray | None:
 def _closing(mask: np.ndarray, reach: int) -> np.ndarray:
     """Binary closing with a disc, by distances; the frame's border counts as outside only after the fact."""
     padded = np.pad(mask, reach + 1)
-    grown = ndimage.distance_transform_edt(~padded) <= reach
-    return (ndimage.distance_transform_edt(grown) > reach)[reach + 1 : -reach - 1, reach + 1 : -reach - 1] | mask
+    return ~_grown(~_grown(padded, reach), reach)[reach + 1 : -reach - 1, reach + 1 : -reach - 1] | mask
+
+
+def _grown(mask: np.ndarray, reach: int) -> np.ndarray:
+    """Binary dilation with a disc: what lies at most `reach` pixels from the mask. Row by row of the disc, several
+    times as fast as a distance transform."""
+    height, width = mask.shape
+    before = np.zeros((height, width + 1), np.int32)  # how many are set to the left of each column
+    np.cumsum(mask, axis=1, out=before[:, 1:])
+    columns, grown = np.arange(width), np.zeros_like(mask)
+    for dy in range(min(reach, height - 1) + 1):
+        half = math.isqrt(reach**2 - dy**2)
+        wide = before[:, np.minimum(columns + half + 1, width)] > before[:, np.maximum(columns - half, 0)]
+        grown[dy:] |= wide[: height - dy]
+        grown[: height - dy] |= wide[dy:]
+    return grown
 
 
 def _mask(area, content, step, shape, box) -> np.ndarray | None:
@@ -184,7 +202,7 @@ def _hull(area: np.ndarray) -> np.ndarray:
         equations = ConvexHull(points).equations
     except QhullError:  # a line or a point
         return area
-    y, x = np.indices(area.shape)
+    y, x = np.arange(area.shape[0])[:, None], np.arange(area.shape[1])
     inside = np.ones(area.shape, bool)
     for a, b, c in equations:
         inside &= a * y + b * x + c <= 0.5
