@@ -2,6 +2,7 @@
 
 step     a Meta-USCL step, exact and with its cheaper options, over a plain SimCLR step and over double backward
 memory   peak memory of those steps, each in a process of its own
+accuracy cosines of the cheaper meta-gradients to the exact float32 one, in a training on clips
 loader   the loader against the step's appetite; the share of a real training that waits for data
 ingest   ingest into the frame cache over plain decoding in as many processes
 embed    `uscl-hub embed` over the bare model's forward
@@ -13,6 +14,7 @@ the ratio within each round counts. Prints a table and writes it as JSON. The ma
 """
 
 import contextlib
+import copy
 import datetime
 import itertools
 import json
@@ -61,14 +63,14 @@ UNTRAINED = {"method": "no training", "steps": 0, "metrics": {}, "sources": [], 
 class Settings:
     """What is measured, and on what."""
 
-    only: tuple[str, ...] = ("step", "memory", "loader", "ingest", "embed", "load", "index")
+    only: tuple[str, ...] = ("step", "memory", "accuracy", "loader", "ingest", "embed", "load", "index")
     """Sections to run."""
     quick: bool = False
     """Tiny settings that only show that everything runs: the figures mean nothing."""
     out: str = "runs/benchmark.json"
     """Where the JSON goes."""
     data: str = ""
-    """Folder of clips for ingest and embed; '': simulated ones."""
+    """Folder of clips for accuracy, ingest and embed; '': simulated ones."""
     device: str = "auto"
     """'auto', 'cpu' or 'cuda', of the steps and of embed."""
     model: str = "meta_uscl_resnet18"
@@ -354,6 +356,44 @@ def step_peak(name, model, px, batch, device):
     return (torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else memory_use()["peak"]) - base
 
 
+# Accuracy -----------------------------------------------------------------------------------------------------
+
+
+def accuracy(settings, device, folder):
+    """In the first steps the look-ahead lands where any rounding of it matters; later ones have the goals."""
+    px, every, settled = settings.sizes[0], 10, 2
+    cache = quietly(ingest, [clip_folder(settings, folder)], folder / "accuracy", size=round(1.25 * px), progress=False)
+    clips = np.arange(len(cache.ids))
+    held_out = clips[::5]
+    train, p = np.setdiff1d(clips, held_out), problem("exact", settings, px, device)
+    batch = min(settings.batch, len(train))
+    for group in p.optimizer.param_groups:
+        group["lr"] = configs.Optim().lr
+    ways = {"bf16": partial(bf16, meta), "difference": partial(meta, direction="difference")}
+    cosines = {name: [] for name in ways}
+    for step in range(every * (settled + settings.repeats)):
+        p.views, p.clean = (
+            b.views(device, px, input_channels(p.encoder)) for b in load_batches(cache, train, held_out, batch, step)
+        )
+        if step % every == 0:
+            exact = meta_gradient(meta, p)
+            for name, way in ways.items():
+                cosines[name].append(torch.cosine_similarity(meta_gradient(way, p), exact, dim=0).item())
+        meta(p)
+    for name, goal in (("bf16", ">= 0.99"), ("difference", ">= 0.999")):
+        first, later = cosines[name][:settled], cosines[name][settled:]
+        note = f"median of {len(later)} from step {every * settled} on, lowest {min(later):.4f}; before: "
+        note += ", ".join(f"{c:.4f}" for c in first)
+        yield Row("accuracy", f"{name}, cosine to exact float32", px, statistics.median(later), goal, note)
+
+
+def meta_gradient(step, p):
+    """What `step` would give CMW-Net's optimiser; nothing of the problem changes."""
+    p = copy.deepcopy(p)
+    step(p)
+    return torch.cat([w.grad.flatten() for w in p.cmw.parameters()])
+
+
 # Loader -------------------------------------------------------------------------------------------------------
 
 
@@ -443,6 +483,12 @@ def clip_folder(settings, folder):
     return Path(settings.data)
 
 
+def quietly(function, *args, **kwargs):
+    """Without what it writes to stderr."""
+    with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
+        return function(*args, **kwargs)
+
+
 def decode_only(clip):
     """Plain PyAV for videos; our reader for the few others."""
     if clip.kind != "video" or clip.files[0].suffix.lower() == ".gif":
@@ -474,8 +520,7 @@ def ingesting(settings, device, folder):
             list(pool.map(decode_only, clips))
 
     def ingest_all():
-        with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
-            ingest([root], folder / f"ingest{next(counter)}", size=80, workers=workers, progress=False)
+        quietly(ingest, [root], folder / f"ingest{next(counter)}", size=80, workers=workers, progress=False)
 
     seconds = take_turns({"decode": decode, "ingest": ingest_all}, settings)
     note = spent(seconds, "ingest")
@@ -573,6 +618,7 @@ def index_use(path, steps, batch):
 SECTIONS = {
     "step": steps,
     "memory": peaks_of_steps,
+    "accuracy": accuracy,
     "loader": loader,
     "ingest": ingesting,
     "embed": embedding,
