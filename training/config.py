@@ -145,7 +145,7 @@ class Config:
     device: str = "auto"
     """'auto', 'cpu' or 'cuda'."""
     precision: str = "fp32"
-    """'fp32' or 'bf16' (autocast of the encoder)."""
+    """'fp32' or 'bf16' (autocast of the encoder; rough meta-gradients in the first steps, see README, Speed)."""
     save_every: int = 200
     """Steps between checkpoints."""
     eval_epochs: int = 1
