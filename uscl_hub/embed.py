@@ -5,11 +5,13 @@ through the crop and the preprocessing of training. The table's metadata holds t
 DICOM header but the frame rate is ever read into it.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import shutil
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -108,25 +110,36 @@ def embed(
             except OSError as error:
                 return {"path": str(clip.files[0]), "reason": error.strerror or str(error)}
 
-        rows, pending, current, last = [], [], {}, time.monotonic()
-        for result in _progress(_ahead(read, clips), len(clips), progress):
-            if isinstance(result, dict):
-                failed.append(result)
-                continue
-            clip, digest, frames = result
-            current[clip.id] = digest
-            if frames is not None:
-                pending.append(result)
-            late = time.monotonic() - last > SHARD_SECONDS
-            waiting = sum(len(frames.images) for _, _, frames in pending)
-            if waiting >= 4 * batch_size or late and pending:  # several batches at once: fewer are cut short
-                rows += _rows(pending, model, batch_size, stride, where["checkpoint"] or name)
-                pending = []
-            if late and rows:
-                shards.append(_save(rows, partial, schema, pa, pq))
-                rows, last = [], time.monotonic()
-        if pending:
-            rows += _rows(pending, model, batch_size, stride, where["checkpoint"] or name)
+        current = {}
+
+        def groups():
+            """Lists of (clip, content hash, Frames) with a batch of frames at least, but for the last."""
+            pending, waiting = [], 0
+            for result in _progress(_ahead(read, clips, threads=1), len(clips), progress):
+                if isinstance(result, dict):
+                    failed.append(result)
+                    continue
+                clip, digest, frames = result
+                current[clip.id] = digest
+                if frames is not None:
+                    pending.append(result)
+                    waiting += len(frames.images)
+                if waiting >= batch_size:
+                    yield pending
+                    pending, waiting = [], 0
+            if pending:
+                yield pending
+
+        def compute(group):
+            return _rows(group, model, batch_size, stride, where["checkpoint"] or name)
+
+        rows, last = [], time.monotonic()
+        with _side_by_side(device) as workers, contextlib.closing(_ahead(compute, groups(), *workers)) as computed:
+            for new in computed:
+                rows += new
+                if time.monotonic() - last > SHARD_SECONDS:
+                    shards.append(_save(rows, partial, schema, pa, pq))
+                    rows, last = [], time.monotonic()
         if rows:
             shards.append(_save(rows, partial, schema, pa, pq))
         if not current and not done:
@@ -202,8 +215,8 @@ def _features(model, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
     """uint8 (N, px, px) -> float32 (N, d), preprocessed as the model expects, on the model's device."""
     keywords, device = create_transform(model).keywords, next(model.parameters()).device
     parts = []
-    for i in range(0, len(images), batch_size):
-        x = normalise(images[i : i + batch_size], keywords["in_chans"], keywords["mean"], keywords["std"])
+    for batch in np.array_split(images, -(-len(images) // batch_size)):
+        x = normalise(batch, keywords["in_chans"], keywords["mean"], keywords["std"])
         parts.append(model(x.to(device)).float().cpu().numpy())
     return np.concatenate(parts)
 
@@ -282,16 +295,28 @@ def _fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-def _ahead(function, items, depth: int = 2):
-    """map(function, items), computed by a thread that stays at most `depth` items ahead."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = []
+def _ahead(function, items, threads: int, start=None, *args):
+    """map(function, items) by threads, up to two items a thread ahead of the caller; start(*args) first in each."""
+    with ThreadPoolExecutor(threads, initializer=start, initargs=args) as pool:
+        waiting = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > depth:
-                yield waiting.pop(0).result()
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
         while waiting:
-            yield waiting.pop(0).result()
+            yield waiting.popleft().result()
+
+
+@contextlib.contextmanager
+def _side_by_side(device: str):
+    """Yields the threads for a network, as `_ahead` takes them. On a CPU a few batches go side by side, each on its
+    share of the cores: the thread that reads clips then slows one of them, not every layer of a shared one."""
+    total = torch.get_num_threads()
+    threads = min(total, 4) if torch.device(device).type == "cpu" else 1
+    try:
+        yield (threads, torch.set_num_threads, total // threads) if threads > 1 else (1,)
+    finally:
+        torch.set_num_threads(total)  # what was set last would go for new threads
 
 
 def _progress(iterator, total: int, show: bool):
