@@ -72,7 +72,7 @@ class Settings:
     data: str = ""
     """Folder of clips for accuracy, ingest and embed; '': simulated ones."""
     device: str = "auto"
-    """'auto', 'cpu' or 'cuda', of the steps and of embed."""
+    """'auto', 'cpu' or 'cuda', of the steps, accuracy and embed."""
     model: str = "meta_uscl_resnet18"
     """One of ours."""
     sizes: tuple[int, ...] = (64, 112, 224)

@@ -54,7 +54,7 @@ def detect_region(frames: np.ndarray) -> Region:
     frames = sample(frames)
     step = -(-max(height, width) // _WORKING)
     content, level = _shrink(frames, step)
-    area, margin = (_moving_area(level) if len(frames) > 1 else None), 0
+    area, margin = (_moving_area(content, level) if len(frames) > 1 else None), 0
     if area is None:
         area, margin = _lit_area(content), 1
     else:
@@ -105,22 +105,20 @@ def _shrink(frames: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
     return mean / np.float32(t), small
 
 
-def _variation(level: np.ndarray) -> np.ndarray:
-    """float32 (h, w): mean absolute change from frame to frame, plus standard deviation. level: float32 (T, h, w)."""
-    mean, change, square = level.mean(0), np.zeros_like(level[0]), np.zeros_like(level[0])
-    rest = np.empty_like(mean)
-    for before, after in zip([None, *level], level):
-        if before is not None:
-            change += np.abs(np.subtract(after, before, out=rest), out=rest)
+def _variation(mean: np.ndarray, level: np.ndarray) -> np.ndarray:
+    """float32 (h, w): mean absolute change from frame to frame, plus standard deviation. mean, level: of `_shrink`."""
+    change, square, rest = np.zeros_like(mean), np.zeros_like(mean), np.empty_like(mean)
+    for before, after in zip([level[0], *level], level):
+        change += np.abs(np.subtract(after, before, out=rest), out=rest)
         np.subtract(after, mean, out=rest)
         square += np.multiply(rest, rest, out=rest)
     return change / np.float32(len(level) - 1) + np.sqrt(square / np.float32(len(level)))
 
 
-def _moving_area(level: np.ndarray) -> np.ndarray | None:
-    """bool (h, w), or None if too little moves. level: float32 (T, h, w)."""
-    t, h, w = level.shape
-    variation = _variation(level)
+def _moving_area(content: np.ndarray, level: np.ndarray) -> np.ndarray | None:
+    """bool (h, w), or None if too little moves. content, level: as `_shrink` returns them."""
+    h, w = content.shape
+    variation = _variation(content, level)
     # echoes vary by several grey levels over a patch, a static screen (98 % of its pixels, in compressed videos of
     # five makers) by less than 0.6
     patch = max(3, round(max(h, w) / 64) | 1)

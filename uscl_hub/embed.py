@@ -314,7 +314,7 @@ def _side_by_side(device: str):
     total = torch.get_num_threads()
     threads = min(total, 4) if torch.device(device).type == "cpu" else 1
     try:
-        yield (threads, torch.set_num_threads, round(total / threads)) if threads > 1 else (1,)
+        yield threads, torch.set_num_threads, round(total / threads)
     finally:
         torch.set_num_threads(total)  # what was set last would go for new threads
 
