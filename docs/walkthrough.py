@@ -18,7 +18,7 @@ OUT = Path("walkthrough/run")
 MODEL, PX, STEPS = "meta_uscl_resnet18", 64, 40
 
 if not CLIPS.exists():
-    from training.simulate import write_demo
+    from training.data.simulate import write_demo
 
     write_demo(CLIPS, clips=100, frames=12, size=96, seed=0)
 
@@ -30,7 +30,7 @@ if not CLIPS.exists():
 # %%
 import json
 
-from training.cache import ingest
+from training.data.cache import ingest
 
 # workers=0: in this process, so that this runs anywhere; training/run.py decodes on all cores
 cache = ingest([CLIPS], OUT / "cache", size=round(1.25 * PX), max_frames=400, workers=0, sheets=True)
@@ -60,7 +60,7 @@ run.main(config)
 # Features of all clips in one table, and the clips most like one of them as a picture.
 
 # %%
-from uscl_hub.embed import embed, search
+from uscl_hub.features.embed import embed, search
 
 EXPORT, TABLE = OUT / "export", OUT / "features.parquet"
 embed([CLIPS], TABLE, name=MODEL, checkpoint=EXPORT)

@@ -12,8 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a real hub
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """A folder of 20 simulated clips of 5 subjects, and the folder of their frame cache."""
-    from training.cache import ingest
-    from training.simulate import write_demo
+    from training.data.cache import ingest
+    from training.data.simulate import write_demo
 
     folder = tmp_path_factory.mktemp("demo")
     write_demo(folder / "clips", clips=20, frames=6, size=32, seed=0)
@@ -68,7 +68,7 @@ def downstream(tmp_path_factory):
 
     Videos are simulated clips, a kind a class; breast images are speckle with a dark ellipse, whose mask is known.
     """
-    from training.simulate import simulate_clip, write_video
+    from training.data.simulate import simulate_clip, write_video
 
     root = tmp_path_factory.mktemp("downstream")
     rows = []

@@ -28,9 +28,10 @@ def test_killed_at_random_moments(tmp_path):
 
 
 def main(kills, folder):
-    from training import clips, run
+    from training import run
     from training.config import Config, Data, Model, Optim
-    from training.simulate import write_demo
+    from training.data import dataset
+    from training.data.simulate import write_demo
 
     write_demo(folder / "clips", clips=20, frames=6, size=32, seed=0)
     config = Config(
@@ -40,9 +41,9 @@ def main(kills, folder):
         model=Model(name="test_resnet", size=32, dim=16),
         optim=Optim(batch=4, steps=24, lr=0.05),
     )
-    ingest = clips.ingest
+    ingest = dataset.ingest
     # in this process: a kill then meets a decoder at work, and no time goes by with starting workers
-    clips.ingest = lambda *args, **kwargs: ingest(*args, **{**kwargs, "workers": 0})
+    dataset.ingest = lambda *args, **kwargs: ingest(*args, **{**kwargs, "workers": 0})
 
     def start(out, resume=False):
         """Fork: a process that is killed must be a new one, and this one has imported everything already."""

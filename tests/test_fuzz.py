@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import dicom, movie, write
 from PIL import Image
-from test_media import dicom, movie, write
 
 import uscl_hub
-from training.cache import FrameCache, ingest
+from training.data.cache import FrameCache, ingest
 from uscl_hub import checkpoints, models
 from uscl_hub.checkpoints import CheckpointError
+from uscl_hub.clips.media import find_clips
 from uscl_hub.convert import read_pth
-from uscl_hub.media import find_clips
 
 COUNT = int(os.environ.get("USCL_FUZZ", 60))
 BATCH = 500  # files a folder

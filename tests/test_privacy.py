@@ -11,14 +11,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pydicom
 import pytest
+from helpers import dicom
 from PIL import Image, ImageDraw, ImageFont
 from pydicom.dataset import Dataset
-from test_media import dicom
 
 from training import config as configs
 from training import run
-from training.cache import ingest
-from training.simulate import simulate_clip, write_video
+from training.data.cache import ingest
+from training.data.simulate import simulate_clip, write_video
 from uscl_hub.cli import main
 
 TAG, PATH = "PLANTED", "DOE_JANE"

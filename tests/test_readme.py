@@ -8,7 +8,7 @@ import timm
 import torch
 from PIL import Image
 
-from training.export import export
+from training.engine.export import export
 from uscl_hub.cli import parser
 
 ROOT = Path(__file__).parents[1]

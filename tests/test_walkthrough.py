@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from training.simulate import write_demo
+from training.data.simulate import write_demo
 
 SOURCE = Path(__file__).parents[1] / "docs" / "walkthrough.py"
 

@@ -16,8 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training import config as configs  # noqa: E402
 from training import evaluate as evaluation  # noqa: E402
-from training import export, report, run  # noqa: E402
-from training.tasks import EvaluationError, load_task  # noqa: E402
+from training import run  # noqa: E402
+from training.engine import export  # noqa: E402
+from training.evaluation import report  # noqa: E402
+from training.evaluation.datasets import EvaluationError, load_task  # noqa: E402
 from uscl_hub.checkpoints import CheckpointError  # noqa: E402
 
 

@@ -42,17 +42,18 @@ import torch  # noqa: E402
 from torch.func import functional_call  # noqa: E402
 
 from training import config as configs  # noqa: E402
-from training import data, distributed  # noqa: E402
-from training.cache import FrameCache, ingest  # noqa: E402
-from training.dual import scratch_buffers  # noqa: E402
-from training.export import export  # noqa: E402
-from training.losses import info_nce  # noqa: E402
-from training.model import CMWNet, Encoder, input_channels  # noqa: E402
-from training.simulate import write_demo  # noqa: E402
-from training.splits import assign_groups, split_groups  # noqa: E402
-from training.step import contrastive_step, meta_step  # noqa: E402
-from uscl_hub.embed import embed  # noqa: E402
-from uscl_hub.media import UnreadableClip, find_clips, iter_frames  # noqa: E402
+from training import distributed  # noqa: E402
+from training.data import batches  # noqa: E402
+from training.data.cache import FrameCache, ingest  # noqa: E402
+from training.data.groups import assign_groups, split_groups  # noqa: E402
+from training.data.simulate import write_demo  # noqa: E402
+from training.engine.export import export  # noqa: E402
+from training.method.forward_mode import scratch_buffers  # noqa: E402
+from training.method.loss import info_nce  # noqa: E402
+from training.method.networks import CMWNet, Encoder, input_channels  # noqa: E402
+from training.method.step import contrastive_step, meta_step  # noqa: E402
+from uscl_hub.clips.media import UnreadableClip, find_clips, iter_frames  # noqa: E402
+from uscl_hub.features.embed import embed  # noqa: E402
 from uscl_hub.preprocess import normalise  # noqa: E402
 
 TEMPERATURE = 0.5
@@ -417,10 +418,10 @@ def write_cache(folder, size, clips, frames):
 
 def load_batches(cache, train, held_out, batch, step):
     """What a meta step wants, as training/run.py loads it."""
-    chosen, clean = data.train_clips(train, step, batch, 0), data.meta_clips(held_out, step, batch, 0)
+    chosen, clean = batches.train_clips(train, step, batch, 0), batches.meta_clips(held_out, step, batch, 0)
     return (
-        data.make_batch(cache, chosen, configs.Pairs(), (0, data.TRAIN, step)),
-        data.make_batch(cache, clean, configs.Pairs(frames=1), (0, data.META, step)),
+        batches.make_batch(cache, chosen, configs.Pairs(), (0, batches.TRAIN, step)),
+        batches.make_batch(cache, clean, configs.Pairs(frames=1), (0, batches.META, step)),
     )
 
 

@@ -29,11 +29,18 @@ from sklearn.metrics import confusion_matrix  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from training import config as configs  # noqa: E402
-from training import export, intervals, protocols, report, segment, tasks  # noqa: E402
-from training.backbones import find_leaks, is_random, load_backbone, refuse_leaks, split_name  # noqa: E402
-from training.protocols import FineTune  # noqa: E402
-from training.segment import Segment  # noqa: E402
-from training.tasks import EvaluationError, Task  # noqa: E402
+from training.engine import export  # noqa: E402
+from training.evaluation import (
+    datasets,  # noqa: E402
+    intervals,  # noqa: E402
+    protocols,  # noqa: E402
+    report,  # noqa: E402
+    segmentation,  # noqa: E402
+)
+from training.evaluation.backbones import find_leaks, is_random, load_backbone, refuse_leaks, split_name  # noqa: E402
+from training.evaluation.datasets import EvaluationError, Task  # noqa: E402
+from training.evaluation.protocols import FineTune  # noqa: E402
+from training.evaluation.segmentation import Segment  # noqa: E402
 from uscl_hub.checkpoints import CheckpointError, sha256  # noqa: E402
 
 DATA = Path(os.environ.get("USCL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -103,9 +110,9 @@ def main(config: Config) -> Path:
     check(config)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     out = Path(config.out)
-    loaded = {name: tasks.load_task(name, Path(config.data), Path(config.blues)) for name in config.tasks}
+    loaded = {name: datasets.load_task(name, Path(config.data), Path(config.blues)) for name in config.tasks}
     for task in loaded.values():
-        tasks.check_excluded(task, config.max_excluded)
+        datasets.check_excluded(task, config.max_excluded)
     px = input_sizes(config)
     backbones, refused = inspect(config, px, loaded.values())
     out.mkdir(parents=True, exist_ok=True)
@@ -145,12 +152,12 @@ def main(config: Config) -> Path:
 def check(config: Config):
     """Refuse settings that cannot work before anything is decoded."""
     for given, known, what in (
-        (config.tasks, tasks.NAMES, "tasks"),
+        (config.tasks, datasets.NAMES, "tasks"),
         (config.protocols, protocols.PROTOCOLS, "protocols"),
         ((config.leaks,), ("refuse", "skip"), "leaks"),
         ((config.crop,), ("none", "crop", "blank"), "crop"),
         ((config.device,), ("auto", "cpu", "cuda"), "device"),
-        (config.segment.heads, segment.HEADS, "segment.heads"),
+        (config.segment.heads, segmentation.HEADS, "segment.heads"),
     ):
         for name in given:
             if name not in known:
@@ -213,10 +220,10 @@ def environment(device: str) -> dict:
 def classification_rows(config: Config, task: Task, spec: str, px: int, device: str, arrays: dict):
     """Yields (row of results.json, its Estimates) for every protocol, label fraction and level."""
     cache = Path(config.cache)
-    frames = tasks.load_frames(task, px, cache, config.rate, config.crop, config.workers, config.max_excluded)
+    frames = datasets.load_frames(task, px, cache, config.rate, config.crop, config.workers, config.max_excluded)
     labels, groups, name, collected = task.labels, task.groups, split_name(spec)[0], defaultdict(list)
     for seed in config.seeds:
-        folds = tasks.make_folds(labels, groups, task.classes, config.folds, seed, task.title)
+        folds = datasets.make_folds(labels, groups, task.classes, config.folds, seed, task.title)
         backbone = load_backbone(spec, seed, px)
         features = protocols.features(backbone, frames, cache, device)
         if seed == config.seeds[0]:
@@ -249,27 +256,27 @@ def classification_rows(config: Config, task: Task, spec: str, px: int, device: 
 def segmentation_rows(config: Config, task: Task, spec: str, px: int, device: str, arrays: dict):
     """Yields (row of results.json, its Estimates) for every head and label fraction."""
     cache, name = Path(config.cache), split_name(spec)[0]
-    images, masks = segment.load_pairs(task, config.segment.px, cache)
-    tasks.check_excluded(task, config.max_excluded)
+    images, masks = segmentation.load_pairs(task, config.segment.px, cache)
+    datasets.check_excluded(task, config.max_excluded)
     shown = np.linspace(0, len(images) - 1, SHOWN).round().astype(int)
     for head in config.segment.heads:
         for fraction in config.fractions:
             predicted, instances = [], []
             for seed in config.seeds:
-                folds = tasks.make_folds(task.labels, task.groups, task.classes, config.folds, seed, task.title)
+                folds = datasets.make_folds(task.labels, task.groups, task.classes, config.folds, seed, task.title)
                 backbone = load_backbone(spec, seed, px)
                 with tqdm(total=config.folds, desc=f"{task.name} {name} {head} {fraction:.0%} {seed}") as bar:
                     args = task, folds, fraction, seed, config.segment, device, cache, bar.update
-                    masks_of_seed, found = segment.out_of_fold(head, backbone, images, masks, *args)
+                    masks_of_seed, found = segmentation.out_of_fold(head, backbone, images, masks, *args)
                 predicted.append(masks_of_seed)
                 instances += found
             overlay = [images[shown], masks[shown] * np.uint8(255), predicted[0][shown] * np.uint8(255)]
             arrays[f"overlay/{task.name}/{name}/{head}/{fraction:g}"] = np.stack(overlay, axis=1)
             truth, groups = np.tile(masks, (len(config.seeds), 1, 1)), np.tile(task.groups, len(config.seeds))
-            values = segment.image_metrics(np.concatenate(predicted), truth)
+            values = segmentation.image_metrics(np.concatenate(predicted), truth)
             estimates = intervals.mean_of_rows(values, groups, config.draws)
             if head == "maskrcnn":
-                estimates |= segment.average_precision(truth, instances, groups, config.draws)
+                estimates |= segmentation.average_precision(truth, instances, groups, config.draws)
             yield row(task, name, head, fraction, "image", len(images), estimates), estimates
 
 
@@ -303,7 +310,7 @@ def differences(found: list[tuple[dict, dict]]) -> list[dict]:
 
 def describe(task: Task, config: Config) -> dict:
     labels, groups = task.labels, task.groups
-    folds = {s: tasks.make_folds(labels, groups, task.classes, config.folds, s).tolist() for s in config.seeds}
+    folds = {s: datasets.make_folds(labels, groups, task.classes, config.folds, s).tolist() for s in config.seeds}
     return {
         "title": task.title,
         "classes": list(task.classes),

@@ -20,13 +20,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from training import config as configs  # noqa: E402
-from training import data, distributed, intervals, report  # noqa: E402
-from training.checkpoint import restore  # noqa: E402
-from training.clips import prepare  # noqa: E402
-from training.model import input_channels  # noqa: E402
+from training import distributed  # noqa: E402
+from training.data.dataset import prepare  # noqa: E402
+from training.engine.state import restore  # noqa: E402
+from training.evaluation import (
+    intervals,  # noqa: E402
+    report,  # noqa: E402
+)
+from training.evaluation.datasets import EvaluationError  # noqa: E402
+from training.method.networks import input_channels  # noqa: E402
+from training.method.step import forward  # noqa: E402
 from training.run import build  # noqa: E402
-from training.step import forward  # noqa: E402
-from training.tasks import EvaluationError  # noqa: E402
 
 DRAWS = 1000
 
@@ -40,10 +44,10 @@ def weigh_pairs(state, clips, config, batches, device):
     """
     rows = []
     for i in range(batches):
-        chosen = data.train_clips(clips.train, i, config.optim.batch, config.seed)
-        key = (config.seed, data.EXPLAIN, i)
-        batch = data.make_batch(clips.cache, chosen, config.pairs, key)
-        numbers = data.choose(clips.cache, chosen, config.pairs, np.random.default_rng(key))[0]
+        chosen = batches.train_clips(clips.train, i, config.optim.batch, config.seed)
+        key = (config.seed, batches.EXPLAIN, i)
+        batch = batches.make_batch(clips.cache, chosen, config.pairs, key)
+        numbers = batches.choose(clips.cache, chosen, config.pairs, np.random.default_rng(key))[0]
         before = {k: b.clone() for k, b in state.encoder.named_buffers()}
         h = forward(state.encoder, batch.views(device, config.model.size, input_channels(state.encoder)))[0]
         for k, b in state.encoder.named_buffers():

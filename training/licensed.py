@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.tasks import TaskError, read_csv  # noqa: E402
+from training.evaluation.datasets import TaskError, read_csv  # noqa: E402
 
 
 def link(root, out, licences, labels=()):

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 from training import config as configs  # noqa: E402
-from training.figures import read_log  # noqa: E402
-from training.report import NAMES  # noqa: E402
+from training.engine.figures import read_log  # noqa: E402
+from training.evaluation.report import NAMES  # noqa: E402
 from uscl_hub import models  # noqa: E402
 from uscl_hub.checkpoints import (  # noqa: E402
     WEIGHTS_NAME,

@@ -23,14 +23,20 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 
 from training import config as configs  # noqa: E402
-from training import data, distributed, export, figures, probe  # noqa: E402
-from training.checkpoint import State, find_checkpoint, fixed, restore, save  # noqa: E402
-from training.checks import check  # noqa: E402
-from training.clips import prepare  # noqa: E402
-from training.log import Log, one_line, say  # noqa: E402
-from training.model import CMWNet, Encoder, input_channels, input_size  # noqa: E402
-from training.step import contrastive_step, meta_step  # noqa: E402
-from training.validation import DIVERGED, probe_backbone, validate  # noqa: E402
+from training import distributed  # noqa: E402
+from training.data import batches  # noqa: E402
+from training.data.dataset import prepare  # noqa: E402
+from training.engine import (
+    export,  # noqa: E402
+    figures,  # noqa: E402
+    probe,  # noqa: E402
+)
+from training.engine.checks import check  # noqa: E402
+from training.engine.log import Log, one_line, say  # noqa: E402
+from training.engine.state import State, find_checkpoint, fixed, restore, save  # noqa: E402
+from training.engine.validation import DIVERGED, probe_backbone, validate  # noqa: E402
+from training.method.networks import CMWNet, Encoder, input_channels, input_size  # noqa: E402
+from training.method.step import contrastive_step, meta_step  # noqa: E402
 from uscl_hub import files  # noqa: E402
 
 DEMO = Path(__file__).parent / "configs" / "demo.yaml"
@@ -135,22 +141,26 @@ def train(state, config, clips, out, device):
         return config.method == "meta_uscl" and step % meta.every == 0
 
     def load(step):
-        chosen = data.train_clips(clips.train, step, optim.batch, config.seed)
-        batch = data.make_batch(clips.cache, chosen, pairs, (config.seed, data.TRAIN, step), part)
+        chosen = batches.train_clips(clips.train, step, optim.batch, config.seed)
+        batch = batches.make_batch(clips.cache, chosen, pairs, (config.seed, batches.TRAIN, step), part)
         if not updates_cmw(step):
             return chosen, batch, None
-        held_out = data.meta_clips(clips.meta, step, meta_batch, config.seed)
-        return chosen, batch, data.make_batch(clips.cache, held_out, clean, (config.seed, data.META, step), meta_part)
+        held_out = batches.meta_clips(clips.meta, step, meta_batch, config.seed)
+        return (
+            chosen,
+            batch,
+            batches.make_batch(clips.cache, held_out, clean, (config.seed, batches.META, step), meta_part),
+        )
 
     log = Log(out, state.step, total)
     with (
         stop_signals() as stopped,
         contextlib.closing(log),
-        contextlib.closing(data.prefetch(load, range(state.step, total))) as batches,
+        contextlib.closing(batches.prefetch(load, range(state.step, total))) as upcoming,
     ):
         while state.step < total:
             start = time.perf_counter()
-            chosen, batch, meta_batch_ = next(batches)
+            chosen, batch, meta_batch_ = next(upcoming)
             waited = time.perf_counter() - start
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # dropout and the like, if the backbone has any
             lr = learning_rate(state.step, total, warmup, optim.lr)

@@ -8,9 +8,9 @@ __all__ = ["create_transform", "load_meta_uscl_backbone"]
 
 def __getattr__(name):  # PEP 562: what only some users need is imported when they use it
     if name == "create_transform":
-        from .preprocess import create_transform as value
+        from uscl_hub.preprocess import create_transform as value
     elif name == "load_meta_uscl_backbone":
-        from .load import load_meta_uscl_backbone as value
+        from uscl_hub.load import load_meta_uscl_backbone as value
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return value

@@ -196,7 +196,7 @@ def locate(variant: str, cfg, cache_dir=None) -> Path:
 
     A file that we released is checked against its SHA-256. Raises CheckpointError.
     """
-    from . import hub, models
+    from uscl_hub import hub, models
 
     if cfg.source == "local-dir":
         path = Path(cfg.file) / WEIGHTS_NAME

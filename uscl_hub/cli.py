@@ -5,11 +5,11 @@ import json
 import sys
 from pathlib import Path
 
-from . import __version__
+from uscl_hub import __version__
 
 
 def _list(args):
-    from . import models
+    from uscl_hub import models
 
     rows = [
         {
@@ -39,7 +39,7 @@ def _list(args):
 
 def _info(args):
     """Facts of a release, an exported folder, a lone file or a Hub repository."""
-    from . import checkpoints, models
+    from uscl_hub import checkpoints, models
 
     released = models.releases()
     if args.what in released:
@@ -84,7 +84,7 @@ def _info(args):
 
 
 def _verify(args):
-    from . import checkpoints, models
+    from uscl_hub import checkpoints, models
 
     released = models.releases()
     if args.what in released:
@@ -94,7 +94,7 @@ def _verify(args):
         return {"ok": True, "name": args.what, "warnings": []}, [f"{args.what}: OK"]
     path, warnings, checked = _local_or_hub(args), [], "schema, keys, shapes, values"
     if path.is_file():
-        from .load import load_meta_uscl_backbone
+        from uscl_hub.load import load_meta_uscl_backbone
 
         load_meta_uscl_backbone(args.name, checkpoint=path)
         warnings.append("a lone file has no config.json: its provenance and input size are unknown")
@@ -114,7 +114,7 @@ def _verify(args):
 
 
 def _convert(args):
-    from .convert import convert
+    from uscl_hub.convert import convert
 
     config = convert(args.source, args.out, normalisation=args.normalisation, px=args.px)
     cfg, origin = config["pretrained_cfg"], config["uscl_hub"]
@@ -126,14 +126,14 @@ def _convert(args):
 
 
 def _push(args):
-    from . import hub
+    from uscl_hub import hub
 
     url = hub.push(args.path, args.repo, private=args.private, revision=args.revision)
     return {"repo": args.repo, "url": url}, [f"Uploaded {args.path} to {args.repo}: {url}"]
 
 
 def _embed(args):
-    from .embed import embed
+    from uscl_hub.features.embed import embed
 
     report = embed(
         args.inputs,
@@ -158,7 +158,7 @@ def _embed(args):
 
 
 def _search(args):
-    from .embed import search
+    from uscl_hub.features.embed import search
 
     rows = search(args.query, args.features, k=args.k, sheet=args.sheet, device=args.device)
     lines = [f"{row['similarity']:.4f}  {row['clip']}" for row in rows]
@@ -166,7 +166,7 @@ def _search(args):
 
 
 def _export(args):
-    from .deploy import export
+    from uscl_hub.deploy import export
 
     result = export(
         args.what, args.output, format=args.format, name=args.name, revision=args.revision, frames=args.frames
@@ -178,8 +178,8 @@ def _export(args):
 
 
 def _local_or_hub(args) -> Path:
-    from . import hub
-    from .checkpoints import CheckpointError
+    from uscl_hub import hub
+    from uscl_hub.checkpoints import CheckpointError
 
     path = Path(args.what).expanduser()
     if path.exists():
@@ -299,7 +299,7 @@ def main(argv=None) -> int:
         print("uscl-hub: interrupted; what was finished is kept", file=sys.stderr)
         return 1
     except Exception as error:
-        from .checkpoints import CheckpointError
+        from uscl_hub.checkpoints import CheckpointError
 
         if not isinstance(error, (CheckpointError, OSError, ValueError, ImportError)):
             raise  # a fault of ours: the traceback is the message

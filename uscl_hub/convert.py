@@ -14,8 +14,8 @@ from pathlib import Path
 import timm
 import torch
 
-from . import __version__, checkpoints, models
-from .checkpoints import CheckpointError
+from uscl_hub import __version__, checkpoints, models
+from uscl_hub.checkpoints import CheckpointError
 
 STAGES = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 HEAD = re.compile(r"(l1|l2|linear|fc)\.(weight|bias)")

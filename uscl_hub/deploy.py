@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import models
-from .checkpoints import CheckpointError
-from .files import write_whole
-from .load import load_meta_uscl_backbone
-from .preprocess import create_transform
+from uscl_hub import models
+from uscl_hub.checkpoints import CheckpointError
+from uscl_hub.files import write_whole
+from uscl_hub.load import load_meta_uscl_backbone
+from uscl_hub.preprocess import create_transform
 
 TOLERANCE = 1e-4  # of the largest feature, relative
 
@@ -88,7 +88,7 @@ def _batch(transform, frames) -> tuple[torch.Tensor, str]:
     if frames is None:
         noise = np.random.default_rng(0).rayleigh(40, (4, 96, 128)).clip(0, 255).astype(np.uint8)
         return torch.stack([transform(frame) for frame in noise]), "synthetic"
-    from .media import UnreadableClip, decode, find_clips
+    from uscl_hub.clips.media import UnreadableClip, decode, find_clips
 
     taken = []
     for clip in find_clips([frames])[:8]:

@@ -4,7 +4,7 @@ and tokens apply."""
 import re
 from pathlib import Path
 
-from .checkpoints import (
+from uscl_hub.checkpoints import (
     CARD_NAME,
     CONFIG_NAME,
     WEIGHTS_NAME,

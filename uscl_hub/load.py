@@ -5,8 +5,8 @@ from pathlib import Path
 import timm
 import torch
 
-from . import checkpoints, hub, models
-from .checkpoints import CheckpointError
+from uscl_hub import checkpoints, hub, models
+from uscl_hub.checkpoints import CheckpointError
 
 
 def load_meta_uscl_backbone(

@@ -26,7 +26,7 @@ from timm.models import (
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from .preprocess import MEAN, STD
+from uscl_hub.preprocess import MEAN, STD
 
 WEIGHTS = Path(__file__).parent / "weights"
 ARCHITECTURES = {  # ours -> timm's, by which exports are known so that timm loads them without this package
@@ -95,7 +95,7 @@ def _create(variant: str, pretrained: bool, **kwargs):
         return build_model_with_cfg(ResNet, variant, False, **kwargs)
     # Find and check the file before timm reads it, then let timm load it in its own way. Whatever the
     # source, the weights are a safetensors file: timm alone would fall back to unpickling.
-    from . import checkpoints
+    from uscl_hub import checkpoints
 
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     own = {"file": None, "hf_hub_id": None, "url": ""}

@@ -1,0 +1,244 @@
+"""The mathematics of the training step against independent, plain computations."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from training.method import step
+from training.method.forward_mode import recorded, release, scratch_buffers, tangent
+from training.method.loss import info_nce
+from training.method.networks import CMWNet, Encoder
+
+TEMPERATURE = 0.5
+cosine = nn.CosineSimilarity(dim=0)
+
+
+def naive_info_nce(z, weights=None, temperature=TEMPERATURE):
+    n = z.shape[1]
+    z = [v / v.norm() for v in torch.cat([z[0], z[1]])]
+    weights = torch.ones(n, dtype=z[0].dtype) if weights is None else weights
+    total = 2 * sum(weights)
+    loss = 0
+    for i in range(2 * n):
+        j = (i + n) % (2 * n)
+        denominator = sum(torch.exp(z[i] @ z[k] / temperature) for k in range(2 * n) if k != i)
+        loss = loss - weights[i % n] / total * torch.log(torch.exp(z[i] @ z[j] / temperature) / denominator)
+    return loss
+
+
+def test_info_nce_equals_the_naive_loop():
+    torch.manual_seed(0)
+    z, w = torch.randn(2, 5, 7, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    torch.testing.assert_close(info_nce(z, w, TEMPERATURE), naive_info_nce(z, w), rtol=1e-12, atol=0)
+    torch.testing.assert_close(info_nce(z, None, TEMPERATURE), naive_info_nce(z), rtol=1e-12, atol=0)
+    torch.testing.assert_close(info_nce(z, 9 * w), info_nce(z, w))  # the weights' scale is normalised away
+    with pytest.raises(ValueError, match="N >= 2"):
+        info_nce(z[:, :1])
+
+
+def build(name, clips=4, px=32, dtype=torch.float64, seed=0, **kwargs):
+    """A small problem in the middle of a training: momentum buffers, weight decay, running statistics."""
+    torch.manual_seed(seed)
+    encoder = Encoder(name, dim=16, **kwargs).to(dtype).train()
+    with torch.no_grad():  # away from the special points of the initialisation (zero biases, zero gains)
+        for p in encoder.parameters():
+            p += 0.02 * torch.randn_like(p)
+    cmw = CMWNet(encoder.num_features).to(dtype)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    cmw_optimizer = torch.optim.Adam(cmw.parameters(), lr=1e-3)
+    for p in encoder.parameters():
+        p.grad = 0.05 * torch.randn_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    batch = [torch.randn(2 * clips, 3, px, px, dtype=dtype) for _ in range(2)]
+    return encoder, cmw, optimizer, cmw_optimizer, *batch
+
+
+def per_view(encoder, x, params=None):
+    """The plain network on one view after the other; its buffers are left alone."""
+    tensors = {**dict(encoder.named_parameters()), **(params or {})}
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
+        outputs = [functional_call(encoder, {**tensors, **scratch_buffers(encoder)}, (v,)) for v in x.chunk(2)]
+    return [torch.stack(o) for o in zip(*outputs)]
+
+
+def oracle(encoder, cmw, optimizer, views, meta_views, delayed=False):
+    """CMW-Net's gradient by plain double backward through the unrolled step, and the look-ahead weights."""
+    params = dict(encoder.named_parameters())
+    h, z = per_view(encoder, views)
+    loss = naive_info_nce(z, cmw(h.detach() if delayed else h))
+    grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+    group = optimizer.param_groups[0]
+    ahead = {}
+    for (name, p), g in zip(params.items(), grads):
+        buffer = group["momentum"] * optimizer.state[p]["momentum_buffer"] + g + group["weight_decay"] * p
+        ahead[name] = p - group["lr"] * buffer
+    _, meta_z = per_view(encoder, meta_views, ahead)
+    return torch.autograd.grad(naive_info_nce(meta_z), list(cmw.parameters())), ahead
+
+
+def relative(a, b):
+    a, b = (torch.cat([t.reshape(-1) for t in x]) for x in (a, b))
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "convnext_atto", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("delayed", [False, True])
+def test_meta_gradient_equals_double_backward(name, delayed):
+    kwargs = {"img_size": 32} if name.startswith("vit") else {}
+    encoder, cmw, optimizer, cmw_optimizer, views, meta_views = build(name, **kwargs)
+    expected, ahead = oracle(encoder, cmw, optimizer, views, meta_views, delayed)
+    before = copy.deepcopy(encoder.state_dict())
+    weights = step.meta_step(
+        encoder, cmw, optimizer, cmw_optimizer, views, meta_views, TEMPERATURE, delayed=delayed
+    ).weights
+    assert min(g.norm() for g in expected) > 0
+    assert relative([p.grad for p in cmw.parameters()], expected) < 1e-9
+
+    if delayed:  # the look-ahead was the real step
+        assert relative(list(encoder.parameters()), [ahead[k] for k, _ in encoder.named_parameters()]) < 1e-12
+    else:  # the final step is plain SGD on the loss with the new weights as constants
+        reference, _, reference_optimizer, *_ = build(name, **kwargs)
+        h, z = per_view(reference, views)
+        naive_info_nce(z, cmw(h).detach()).backward()
+        reference_optimizer.step()
+        assert relative(list(encoder.parameters()), list(reference.parameters())) < 1e-12
+        torch.testing.assert_close(weights, cmw(h).detach())
+    for key, value in encoder.state_dict().items():
+        if key.endswith("num_batches_tracked"):
+            assert value == before[key] + 1  # once a step
+
+
+@pytest.mark.parametrize("direction, tolerance", [("exact", 1e-9), ("difference", 1e-3)])
+def test_random_layers_draw_the_same_in_every_pass_at_the_same_weights(direction, tolerance):
+    encoder, cmw, optimizer, cmw_optimizer, views, meta_views = build(
+        "test_convnext", drop_path_rate=0.3, drop_rate=0.2
+    )
+    params = dict(encoder.named_parameters())
+    torch.manual_seed(3)
+    h, z = (t.unflatten(0, (2, -1)) for t in encoder(views))  # layer norm: the views do not touch each other
+    grads = torch.autograd.grad(naive_info_nce(z, cmw(h)), list(params.values()), create_graph=True)
+    group, state = optimizer.param_groups[0], optimizer.state
+    ahead = {
+        name: p - group["lr"] * (group["momentum"] * state[p]["momentum_buffer"] + g + group["weight_decay"] * p)
+        for (name, p), g in zip(params.items(), grads)
+    }
+    meta_z = functional_call(encoder, ahead, (meta_views,))[1].unflatten(0, (2, -1))
+    expected = torch.autograd.grad(naive_info_nce(meta_z), list(cmw.parameters()))
+    torch.manual_seed(3)
+    step.meta_step(encoder, cmw, optimizer, cmw_optimizer, views, meta_views, TEMPERATURE, direction=direction)
+    assert relative([p.grad for p in cmw.parameters()], expected) < tolerance
+
+
+def test_shuffled_weights_go_to_the_next_pair_in_the_final_step_only():
+    encoder, cmw, optimizer, cmw_optimizer, views, meta_views = build("test_resnet")
+    expected = oracle(encoder, cmw, optimizer, views, meta_views)[0]
+    result = step.meta_step(encoder, cmw, optimizer, cmw_optimizer, views, meta_views, TEMPERATURE, shuffle=True)
+    assert relative([p.grad for p in cmw.parameters()], expected) < 1e-9  # CMW-Net learns as ever
+    reference, _, reference_optimizer, *_ = build("test_resnet")
+    h, z = per_view(reference, views)
+    weights = cmw(h).detach()
+    torch.testing.assert_close(result.weights, weights)
+    naive_info_nce(z, [weights[i - 1] for i in range(len(weights))]).backward()
+    reference_optimizer.step()
+    assert relative(list(encoder.parameters()), list(reference.parameters())) < 1e-12
+
+
+def test_running_statistics_move_once_by_the_real_batch():
+    encoder, cmw, optimizer, cmw_optimizer, views, meta_views = build("resnet18")
+    bn = encoder.backbone.bn1
+    mean, var = bn.running_mean.clone(), bn.running_var.clone()
+    x = encoder.backbone.conv1(views).detach()
+    v = torch.stack([c.var((0, 2, 3)) for c in x.chunk(2)]).mean(0)
+    m = torch.stack([c.mean((0, 2, 3)) for c in x.chunk(2)]).mean(0)
+    step.meta_step(encoder, cmw, optimizer, cmw_optimizer, views, meta_views, TEMPERATURE)
+    torch.testing.assert_close(bn.running_mean, 0.9 * mean + 0.1 * m)
+    torch.testing.assert_close(bn.running_var, 0.9 * var + 0.1 * v)
+
+
+def test_look_ahead_equals_the_optimiser():
+    encoder, _, optimizer, _, views, _ = build("resnet18")
+    grads = [torch.randn_like(p) for p in encoder.parameters()]
+    ahead = step.look_ahead(encoder, optimizer, grads)
+    before = [p.clone() for p in encoder.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), before))
+    step.apply_gradients(encoder, optimizer, grads)
+    for name, p in encoder.named_parameters():
+        torch.testing.assert_close(ahead[name], p, rtol=1e-14, atol=1e-14)
+
+
+class Awkward(nn.Module):
+    """Layers that overwrite what the tape holds, a batch norm without weights, a ReLU's output that is returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8, affine=False)
+        self.b, self.c, self.d = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 6, 1, groups=2)
+
+    def forward(self, x):
+        x = nn.functional.relu(self.norm(nn.functional.silu(self.a(x), inplace=True)), inplace=True)
+        x = nn.functional.relu(nn.functional.max_pool2d(self.b(x), 3, 2, 1), inplace=True)
+        x = x + nn.functional.relu(self.c(x))
+        h = nn.functional.relu(self.d(x).mean((2, 3)), inplace=True)
+        return h, h.square()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "awkward"])
+def test_tangent_and_the_restored_graph_are_exact(name):
+    torch.manual_seed(0)
+    network = (Awkward() if name == "awkward" else Encoder(name, dim=16)).double().train()
+    x = torch.randn(8, 3, 64, 64, dtype=torch.float64)
+    params = dict(network.named_parameters())
+    direction = {k: torch.randn_like(p) for k, p in params.items()}
+    _, expected = jvp(lambda p: tuple(per_view(network, x, p)), (params,), (direction,))
+
+    (h, z), tape = recorded(network, x)
+    loss = (h.sin().sum() + z.cos().sum()) / len(x)
+    before = torch.autograd.grad(loss, list(params.values()), retain_graph=True)
+    copies = h.clone(), z.clone()
+    release(tape)
+    assert torch.equal(h, copies[0]) and torch.equal(z, copies[1])
+    assert relative(tangent(network, x, tape, direction), [e.flatten(0, 1) for e in expected]) < 1e-11
+    after = torch.autograd.grad(loss, list(params.values()))
+    assert relative(after, before) < 1e-11
+
+
+def meta_gradient(problem, direction="exact", autocast=False):
+    """CMW-Net's gradient in a step on a copy of the problem."""
+    encoder, cmw, optimizer, cmw_optimizer, views, clean = copy.deepcopy(problem)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        step.meta_step(encoder, cmw, optimizer, cmw_optimizer, views, clean, TEMPERATURE, direction=direction)
+    return torch.cat([p.grad.flatten() for p in cmw.parameters()]).double()
+
+
+def test_cheaper_arithmetic_keeps_the_direction():
+    single = build("resnet18", clips=16, px=64, dtype=torch.float32)
+    encoder, cmw, optimizer, cmw_optimizer, *batch = copy.deepcopy(single)
+    for state in optimizer.state.values():
+        state["momentum_buffer"] = state["momentum_buffer"].double()
+    double = encoder.double(), cmw.double(), optimizer, cmw_optimizer, *(b.double() for b in batch)
+    exact = meta_gradient(double)
+    assert cosine(meta_gradient(single), exact) > 0.9999
+    assert cosine(meta_gradient(single, direction="difference"), exact) > 0.999
+
+
+def test_bf16_keeps_the_direction_in_a_settled_training():
+    """At initialisation it does not: the look-ahead lands where every rounding matters (benchmark.py, accuracy)."""
+    torch.manual_seed(0)
+    encoder = Encoder("test_resnet", dim=16).train()
+    cmw = CMWNet(encoder.num_features)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    cmw_optimizer = torch.optim.Adam(cmw.parameters(), lr=1e-3)
+    scenes = [nn.functional.interpolate(torch.randn(16, 3, 8, 8), size=32, mode="bilinear") for _ in range(2)]
+    rough = exact = 0  # over four steps: Adam averages over more
+    for i in range(28):
+        batch = [torch.cat([s, s]) + 0.1 * torch.randn(32, 3, 32, 32) for s in scenes]
+        problem = encoder, cmw, optimizer, cmw_optimizer, *batch
+        if i >= 24:
+            rough, exact = rough + meta_gradient(problem, autocast=True), exact + meta_gradient(problem)
+        step.meta_step(*problem, TEMPERATURE)
+    assert 0.99 < cosine(rough, exact) < 0.999999  # it is no float32

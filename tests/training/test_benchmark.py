@@ -1,0 +1,30 @@
+"""The benchmark's own command, on settings so small that its figures mean nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def benchmark(*args):
+    command = [sys.executable, ROOT / "training" / "benchmark.py", "--quick", "True", "--device", "cpu", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_prints_a_table_and_writes_it_as_json(tmp_path):
+    done = benchmark("--only", "step", "ingest", "embed", "index", "--out", str(tmp_path / "b.json"))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert {row["section"] for row in report["rows"]} == {"step", "ingest", "embed", "index"}
+    assert all(
+        row["value"] is not None and f"| {row['section']} | {row['figure']} |" in done.stdout for row in report["rows"]
+    )
+    assert report["machine"]["cpu"] and report["settings"]["quick"] is True
+
+
+def test_an_unknown_section_is_named(tmp_path):
+    done = benchmark("--only", "speed", "--out", str(tmp_path / "b.json"))
+    assert done.returncode == 1 and "--only: speed unknown; there are step, memory" in done.stderr
+    assert not (tmp_path / "b.json").exists()

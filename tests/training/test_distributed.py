@@ -1,0 +1,189 @@
+"""Several processes (gloo, CPU) are one training: the same gradients, the same schedule."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from training import config as configs
+from training import distributed, run
+from training.engine import checks
+from training.method import forward_mode, step
+from training.method.networks import CMWNet, Encoder
+
+ROOT = Path(__file__).parents[2]
+WORLD, CLIPS, PX = 2, 6, 32
+KINDS = {"exact": {}, "delayed": {"delayed": True}, "plain": None}
+
+
+def problem(name):
+    """Networks in the middle of a training (momentum buffers), and a global batch: float64 (2, N, C, H, W)."""
+    torch.manual_seed(0)
+    encoder = Encoder(name, dim=16).double().train()
+    with torch.no_grad():  # away from the special points of the initialisation
+        for p in encoder.parameters():
+            p += 0.02 * torch.randn_like(p)
+    cmw = CMWNet(encoder.num_features).double()
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    for p in encoder.parameters():
+        p.grad = 0.05 * torch.randn_like(p)
+    step.apply_gradients(encoder, optimizer, [p.grad for p in encoder.parameters()])
+    batches = [torch.randn(2, CLIPS, 3, PX, PX, dtype=torch.float64) for _ in range(2)]
+    return encoder, cmw, optimizer, batches
+
+
+def one_step(name, kind, part=slice(None)):
+    """A step on this part of the clips; everything that it changed or found."""
+    encoder, cmw, optimizer, batches = problem(name)
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    views, clean = (batch[:, part].flatten(0, 1) for batch in batches)
+    if KINDS[kind] is None:
+        result = step.contrastive_step(encoder, optimizer, views, 0.5)
+        cmw_grads = []
+    else:
+        cmw_optimizer = torch.optim.Adam(cmw.parameters(), lr=1e-3)
+        result = step.meta_step(encoder, cmw, optimizer, cmw_optimizer, views, clean, 0.5, **KINDS[kind])
+        cmw_grads = [p.grad for p in cmw.parameters()]
+    distributed.average_buffers(encoder)
+    moved = {k: v - before[k] for k, v in encoder.state_dict().items() if v.is_floating_point()}
+    return {
+        "encoder": torch.cat([moved[k].flatten() for k, _ in encoder.named_parameters()]),
+        "buffers": torch.cat([torch.zeros(1), *(moved[k].flatten() for k, _ in encoder.named_buffers() if k in moved)]),
+        "cmw": torch.cat([torch.zeros(1), *(g.flatten() for g in cmw_grads)]),
+        "loss": result.loss[None],
+        "weights": torch.zeros(1) if result.weights is None else result.weights,
+    }
+
+
+def worker(rank, folder, names):
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", WORLD_SIZE=str(WORLD), RANK=str(rank), LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    mine = distributed.share(CLIPS)
+    results = {f"{name} {kind}": one_step(name, kind, mine) for name in names for kind in KINDS}
+    results["broadcast"] = distributed.broadcast({"rank": rank})
+    results["any"] = [distributed.any_(flag, torch.device("cpu")) for flag in (rank == 1, False)]
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+NAMES = ("test_convnext", "test_resnet")  # LayerNorm; BatchNorm, with each rank's own statistics
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(worker, (str(folder), NAMES), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_have_the_gradients_of_one(ranks, monkeypatch, name, kind):
+    # One process stands for both if its batch norms see the views' halves that the ranks see.
+    monkeypatch.setattr(forward_mode, "VIEWS", 2 * WORLD)
+    expected = one_step(name, kind)
+    assert expected["encoder"].norm() > 0 and (kind == "plain" or expected["cmw"].norm() > 0)
+    assert name == "test_convnext" or expected["buffers"].norm() > 0
+    for rank in range(WORLD):
+        for key, value in expected.items():
+            got = ranks[rank][f"{name} {kind}"][key]
+            assert (got - value).norm() <= 1e-9 * value.norm(), (rank, key)
+
+
+def test_without_batch_norm_the_number_of_processes_does_not_matter(ranks):
+    expected = one_step("test_convnext", "exact")
+    for key in ("encoder", "cmw", "loss"):
+        got = ranks[0]["test_convnext exact"][key]
+        assert (got - expected[key]).norm() <= 1e-9 * expected[key].norm()
+
+
+def test_small_operations(ranks):
+    assert [r["broadcast"] for r in ranks] == [{"rank": 0}] * WORLD
+    assert [r["any"] for r in ranks] == [[True, False]] * WORLD
+    x = torch.ones(2, 3, 4)  # a single process: each is the identity
+    assert distributed.gather(x) is x and distributed.sum_([x])[0] is x and distributed.broadcast(x) is x
+    assert (distributed.rank(), distributed.world()) == (0, 1)
+
+
+def torchrun(config, file):
+    """`torchrun --nproc-per-node 2 training/run.py` with these settings."""
+    configs.dump(config, file)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=127.0.0.1:0", str(ROOT / "training" / "run.py"), "--config", str(file)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=file.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
+
+
+def test_torchrun_to_the_end_and_one_process_after_a_signal(tiny, tmp_path):
+    """Two processes run to the export; two others are stopped by SIGTERM, and one process continues their training."""
+    network = {"name": "test_convnext"}  # without batch norm: two processes train as one does
+    short = tiny(out=str(tmp_path / "short"), model=network)
+    long = dict(model=network, optim={"steps": 400}, eval_epochs=2, save_every=10)
+    children = [
+        torchrun(short, tmp_path / "short.yaml"),
+        torchrun(tiny(out=str(tmp_path / "long"), **long), tmp_path / "long.yaml"),
+    ]
+    try:
+        end = time.monotonic() + 150
+        while not (tmp_path / "long" / "checkpoint.pt").exists():
+            assert children[1].poll() is None, children[1].stdout.read()
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        children[1].send_signal(signal.SIGTERM)
+        to_the_end, stopped = (child.communicate(timeout=120)[0] for child in children)
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+    assert children[0].returncode == 0, to_the_end
+    assert to_the_end.count("largest difference of the features: 0\n") == 1  # said by one rank
+    same_as_alone(tmp_path / "short", tiny(out=str(tmp_path / "alone"), model=network))
+
+    done = torch.load(tmp_path / "long" / "checkpoint.pt", weights_only=True)["step"]
+    assert 10 <= done < 400 and stopped.count(f"stopped by a signal at step {done} of 400") == 1, stopped
+    log_step = run.Log.step
+
+    def log_and_stop(self, number, *args):
+        log_step(self, number, *args)
+        if number == done + 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Log, "step", log_and_stop)
+        run.main(tiny(out=str(tmp_path / "long"), resume=True, **long))
+        same_as_alone(tmp_path / "long", tiny(out=str(tmp_path / "long alone"), **long))
+
+
+def same_as_alone(out, config):
+    """The log in `out` is that of one process with these settings: the same schedule, clips and losses."""
+    run.main(config)
+    both, alone = (
+        [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+        for folder in (out, config.out)
+    )
+    assert [r["step"] for r in both] == [r["step"] for r in alone]
+    for row, expected in zip(both, alone):
+        assert row.keys() == expected.keys() and row.get("lr") == expected.get("lr")
+        assert row.get("clips") == expected.get("clips")
+        for key in ("loss", "meta_loss", "val_loss"):
+            if key in row:
+                assert row[key] == pytest.approx(expected[key], rel=2e-3), (row["step"], key)  # float32
+        if "weights" in row:  # each beside its clip
+            assert row["weights"] == pytest.approx(expected["weights"], abs=1e-4), row["step"]
+
+
+def test_a_batch_that_the_processes_cannot_share(tiny, monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    with pytest.raises(SystemExit, match="optim.batch = 4 must be a multiple of the 3 processes"):
+        checks.check(tiny())
+    with pytest.raises(SystemExit, match="meta.batch = 4 must be a multiple of the 3 processes"):
+        checks.check(tiny(optim={"batch": 6}, meta={"batch": 4}))

@@ -1,0 +1,268 @@
+"""The whole evaluation on simulated data: results, report, model card, resumption, refusals."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+
+from training import config as configs
+from training import evaluate
+from training.engine.export import export, fingerprint
+from training.evaluate import Config
+from training.evaluation import protocols, report, segmentation
+from training.evaluation.backbones import LeakError
+from training.evaluation.datasets import EvaluationError
+from training.evaluation.protocols import FineTune
+from training.evaluation.segmentation import Segment
+
+ROOT = Path(__file__).resolve().parents[2]
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+DATA = Path(os.environ.get("USCL_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """An export that was pretrained on patient_3 of the simulated COVID-BLUES."""
+    provenance = {"method": "uscl", "steps": 3, "seed": 0, "sources": [], "metrics": {}, "manifest_sha256": ""}
+    provenance |= {"groups": [fingerprint("patient_3")], "clips": []}
+    model = timm.create_model("test_resnet", num_classes=0)
+    return export(model, "test_resnet", 32, tmp_path_factory.mktemp("trained") / "export", provenance)
+
+
+@pytest.fixture(scope="module")
+def config(downstream, trained, tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluation")
+    return Config(
+        backbones=("random:test_resnet", f"ours={trained}"),
+        tasks=("pocus", "busi", "blues", "busi_seg"),
+        protocols=("knn", "linear", "finetune_last", "finetune_full"),
+        fractions=(0.7, 1.0),
+        seeds=(0, 1),
+        folds=2,
+        draws=60,
+        rate=6.0,
+        leaks="skip",
+        data=str(downstream),
+        blues=str(downstream / "covid_blues"),
+        out=str(root / "out"),
+        cache=str(root / "cache"),
+        model_card=str(root / "MODEL_CARD.md"),
+        device="cpu",
+        last=FineTune(2, 0.01, 32),
+        full=FineTune(1, 1e-3, 16),
+        segment=Segment(px=32, epochs=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def out(config):
+    Path(config.model_card).write_text(f"# Card\n\nby hand\n\n{BEGIN}\noutdated\n{END}\n\nby hand too\n")
+    return evaluate.main(config)
+
+
+@pytest.fixture(scope="module")
+def result(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def test_every_cell_is_there_with_every_metric(result):
+    cells = {(r["task"], r["backbone"], r["protocol"], r["fraction"], r["level"]) for r in result["results"]}
+    backbones = {
+        "pocus": ("random:test_resnet", "ours"),
+        "busi": ("random:test_resnet", "ours"),
+        "blues": ("random:test_resnet",),
+    }
+    levels = {"pocus": ("video", "frame"), "blues": ("video", "frame"), "busi": ("image",)}
+    expected = {
+        (task, b, p, f, level)
+        for task, names in backbones.items()
+        for b in names
+        for p in ("knn", "linear", "finetune_last", "finetune_full")
+        for f in (0.7, 1.0)
+        for level in levels[task]
+    }
+    expected |= {("busi_seg", b, "unet", f, "image") for b in backbones["busi"] for f in (0.7, 1.0)}
+    assert cells == expected and len(result["results"]) == len(cells)
+    for r in result["results"]:
+        classes = result["tasks"][r["task"]]["classes"]
+        wanted = ["accuracy", "balanced accuracy", "macro-F1", "AUROC"]
+        wanted += [f"{m} {c}" for m in ("precision", "recall", "F1") for c in classes]
+        assert list(r["metrics"]) == (["Dice", "PPV", "sensitivity"] if r["task"] == "busi_seg" else wanted)
+        for e in r["metrics"].values():
+            assert 0 <= e["low"] <= e["value"] + 0.2 and e["value"] - 0.2 <= e["high"] <= 1
+        if r["task"] != "busi_seg":
+            assert np.sum(r["confusion"]) == 2 * r["n"]  # once a seed
+    video = next(r for r in result["results"] if r["level"] == "video" and r["task"] == "pocus")
+    frame = next(r for r in result["results"] if r["level"] == "frame" and r["task"] == "pocus")
+    assert (video["n"], frame["n"], video["found"], video["excluded"]) == (19, 18 * 8 + 1, 19, 0)
+
+
+def test_the_confusion_is_that_of_the_stored_scores(result, out):
+    with np.load(out / "arrays.npz") as arrays:
+        for r in result["results"]:
+            if r["level"] in ("video", "image") and "confusion" in r:
+                scores = arrays[f"scores/{r['task']}/{r['backbone']}/{r['protocol']}/{r['fraction']:g}"]
+                labels = np.resize(arrays[f"labels/{r['task']}"], len(scores))
+                assert r["metrics"]["accuracy"]["value"] == pytest.approx((scores.argmax(1) == labels).mean(), abs=0.06)
+                assert np.trace(r["confusion"]) / len(labels) == pytest.approx(r["metrics"]["accuracy"]["value"])
+
+
+def test_what_is_needed_to_redo_it(result, config, out):
+    assert result["config"]["seeds"] == [0, 1] and result["environment"]["torch"] and "commit" in result["environment"]
+    assert configs.load(Config, out / "config.yaml") == config
+    pocus = result["tasks"]["pocus"]
+    assert len(pocus["items"]) == 19 and len(pocus["folds"]["0"]) == 19 and pocus["folds"]["0"] != pocus["folds"]["1"]
+    assert len(result["backbones"]["random:test_resnet"]["sha"]) == 2 and len(result["backbones"]["ours"]["sha"]) == 1
+    assert result["backbones"]["ours"]["provenance"]["method"] == "uscl"
+
+
+def test_differences_are_between_backbones_of_the_same_kind(result):
+    found = [d for d in result["differences"] if d["task"] == "pocus" and d["level"] == "video"]
+    assert len(found) == 4 * 2 * 13 and {(d["backbone"], d["against"]) for d in found} == {
+        ("ours", "random:test_resnet")
+    }
+    for d in result["differences"]:
+        values = [
+            r["metrics"][d["metric"]]["value"]
+            for name in (d["backbone"], d["against"])
+            for r in result["results"]
+            if r["backbone"] == name and all(r[k] == d[k] for k in ("task", "protocol", "fraction", "level"))
+        ]
+        assert d["value"] == pytest.approx(values[0] - values[1])
+        verdict = "better" if d["low"] > 0 else "worse" if d["high"] < 0 else "no difference shown"
+        assert d["verdict"] == verdict
+
+
+def test_the_report_is_one_file_and_says_what_was_left_out(out):
+    page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page) and page.count("data:image/png;base64,") == 18
+    pictures = re.findall(r"\]\((figures/.*?)\)", text)
+    assert len(pictures) == 18 and all((out / p).stat().st_size > 3000 for p in pictures)
+    for kind in ("bars", "labels", "confusion", "roc", "tsne"):
+        assert f"figures/pocus_{kind}.png" in pictures
+    assert "figures/busi_seg_overlays.png" in pictures
+    for said in ("Left out:** ours on COVID-BLUES severity: it was pretrained on 1 of the groups", "19 files found"):
+        assert said in text
+    assert "<b>Left out:</b>" in page and page.count("<table>") == text.count("| --- |\n") > 8
+    row = re.search(r"\| ours \| linear probe \| 100% \| video \| 19 \|(.*)\|\n", text)[1].split("|")
+    assert len(row) == 4 and all(re.fullmatch(r" \d+\.\d \[\d+\.\d, \d+\.\d\] ", cell) for cell in row)
+
+
+def test_differences_are_shown_from_the_backbones_asked_for(result):
+    def shown(*compare):
+        text = report.markdown_tables({**result, "config": {**result["config"], "compare": compare}})
+        return [line.split(" ")[3].rstrip(",") for line in text.splitlines() if line.startswith("Paired differences")]
+
+    assert shown() == shown("random:test_resnet") == ["random:test_resnet"] * 3  # all tasks but the refused one
+    assert shown("ours") == []  # differences are of later backbones from earlier ones
+
+
+def test_the_model_card_changes_between_its_markers_only(config, out, result):
+    text = Path(config.model_card).read_text()
+    assert text.startswith(f"# Card\n\nby hand\n\n{BEGIN}\n*Written by") and text.endswith("\n\nby hand too\n")
+    assert "outdated" not in text and "| ours | linear probe | 100% | video |" in text and "By class" not in text
+    report.update_model_card(Path(config.model_card), result)
+    assert Path(config.model_card).read_text() == text
+    bare = out / "CARD.md"
+    bare.write_text("no markers")
+    with pytest.raises(EvaluationError, match="CARD.md: needs one line <!-- results:begin"):
+        report.update_model_card(bare, result)
+    assert bare.read_text() == "no markers"
+    two = [f"<!-- results{name}:{end} -->" for name in ("", ":other") for end in ("begin", "end")]
+    bare.write_text("\n".join(two))
+    report.replace_section(bare, "other", "new")
+    lines = bare.read_text().splitlines()
+    assert lines[:3] == two[:3] and lines[-2:] == ["new", two[3]]
+
+
+def test_a_second_run_computes_nothing_and_says_the_same(config, out, result, monkeypatch):
+    for module, name in ((protocols, "knn"), (protocols, "linear"), (protocols, "compute"), (segmentation, "train")):
+        monkeypatch.setattr(module, name, None)
+    again = evaluate.main(replace(config, out=str(out.parent / "again"), model_card=""))
+    second = json.loads((again / "results.json").read_text())
+    for key in ("results", "differences", "tasks", "backbones", "refused"):
+        assert second[key] == result[key]
+
+
+def test_an_interrupted_run_goes_on_with_the_next_fold(config, tmp_path, monkeypatch):
+    small = replace(
+        config, tasks=("busi",), backbones=("random:test_resnet",), protocols=("knn", "linear"), fractions=(1.0,),
+        out=str(tmp_path / "out"), cache=str(tmp_path / "cache"), model_card="",
+    )  # fmt: skip
+    computed, linear = [], protocols.linear
+
+    def spy(*args):
+        if len(computed) == 1:
+            raise KeyboardInterrupt
+        computed.append(1)
+        return linear(*args)
+
+    monkeypatch.setattr(protocols, "linear", spy)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(small)
+    assert not (tmp_path / "out" / "results.json").exists()
+    monkeypatch.setattr(protocols, "linear", lambda *args: (computed.append(1), linear(*args))[1])
+    evaluate.main(small)
+    assert len(computed) == 2 * 2  # folds and seeds, each once
+
+
+def test_a_leak_ends_the_run_before_anything_is_computed(config, tmp_path):
+    with pytest.raises(LeakError, match="ours was pretrained on 1 of the 8 groups that COVID-BLUES severity tests"):
+        evaluate.main(replace(config, leaks="refuse", out=str(tmp_path / "out"), cache=str(tmp_path / "cache")))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"protocols": ("svm",)}, "protocols: no 'svm'; choose from knn, linear"),
+        ({"compare": ("theirs",)}, "compare: theirs is not among the backbones random:test_resnet, ours"),
+        ({"tasks": ("heart",)}, "tasks: no 'heart'; choose from pocus"),
+        ({"leaks": "ignore"}, "leaks: no 'ignore'"),
+        ({"segment": Segment(heads=("fcn",))}, "segment.heads: no 'fcn'"),
+        ({"backbones": ()}, "backbones: give at least one"),
+        ({"backbones": ("random:test_resnet",) * 2}, "not all different"),
+        ({"fractions": (0.0,)}, "fractions in"),
+        ({"device": "tpu"}, "device: no 'tpu'"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(config, changes, said):
+    with pytest.raises(EvaluationError, match=said):
+        evaluate.main(replace(config, **changes))
+
+
+def test_the_command_line(config, tmp_path):
+    """A YAML file, overrides, and an error without a traceback."""
+    file = tmp_path / "c.yaml"
+    file.write_text(f"tasks: busi\nlast: {{epochs: 2}}\nout: {tmp_path / 'out'}\ncache: {config.cache}\n")
+    loaded = configs.load(Config, file)
+    assert loaded.tasks == ("busi",) and loaded.last == FineTune(2, 0.01, 128) and loaded.full == Config().full
+    command = [sys.executable, ROOT / "training" / "evaluate.py", "--config", file, "--data", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.splitlines()[-1].startswith("evaluate.py: ")
+    assert "no such folder" in ended.stderr and "Traceback" not in ended.stderr
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data")
+def test_a_subset_of_the_real_data(tmp_path):
+    pocus = tmp_path / "pocus_lung"
+    for label in ("covid", "pneumonia", "regular"):
+        files = sorted((DATA / "classification" / "pocus_lung" / "videos" / "convex" / label).glob("*"))[::4]
+        for path in files[:8]:
+            link = pocus / path.relative_to(DATA / "classification" / "pocus_lung")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+    (pocus / "file_index.csv").symlink_to(DATA / "classification" / "pocus_lung" / "file_index.csv")
+    run = Config(
+        tasks=("pocus",), folds=2, draws=50, px=32, rate=1.0, data=str(tmp_path), device="cpu",
+        out=str(tmp_path / "out"), cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    result = json.loads((evaluate.main(run) / "results.json").read_text())
+    assert result["tasks"]["pocus"]["used"] > 20 and {r["level"] for r in result["results"]} == {"video", "frame"}

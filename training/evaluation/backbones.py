@@ -1,0 +1,132 @@
+"""Backbones by name, for evaluation: random, timm, ours, or a folder; and what they were pretrained on."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+import uscl_hub
+from training.engine.export import fingerprint
+from training.evaluation.datasets import EvaluationError, Task
+from uscl_hub import models
+from uscl_hub.checkpoints import CheckpointError, check_folder, sha256
+from uscl_hub.preprocess import MEAN, STD
+
+
+class LeakError(EvaluationError):
+    """A backbone was pretrained on clips of the patients it is to be tested on."""
+
+
+@dataclass
+class Backbone:
+    """model: eval mode, images (B, 3, px, px) -> features (B, d). px: of its input. mean, std: a number a channel, or
+    one. sha: of the weights. provenance: `uscl_hub` of the folder's config.json, None if there is none."""
+
+    name: str
+    spec: str
+    model: nn.Module
+    architecture: str
+    px: int
+    mean: float | tuple[float, ...]
+    std: float | tuple[float, ...]
+    sha: str
+    provenance: dict | None
+
+
+def split_name(spec: str) -> tuple[str, str]:
+    """'name=spec' -> (name, spec); 'spec' -> (spec, spec), a folder by its own name, 'export' by its parent's."""
+    name, equals, rest = spec.partition("=")
+    if equals:
+        return name, rest
+    path = Path(spec)
+    return (path.parent.name if path.name == "export" else path.name) if path.is_dir() else spec, spec
+
+
+def is_random(spec: str) -> bool:
+    return bool(re.fullmatch(r"random:.*|timm:(?!.*:pretrained$).*", split_name(spec)[1]))
+
+
+def load_backbone(spec: str, seed: int = 0, px: int = 0) -> Backbone:
+    """Any backbone that evaluate.py's --backbones documents.
+
+    seed: of random weights, and what '{seed}' in the spec becomes. px: side of the input, 0 for the backbone's own.
+    Raises EvaluationError for an unknown spec, CheckpointError for a damaged folder.
+    """
+    name, spec = split_name(spec)
+    spec, untrained = spec.replace("{seed}", str(seed)), is_random(spec)
+    try:
+        model, provenance = _create(spec, untrained, seed, px)
+    except (CheckpointError, EvaluationError):
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # timm's and the Hub's: no such model, no connection
+        raise EvaluationError(f"backbone {spec!r} cannot be loaded: {error}") from error
+    cfg = model.pretrained_cfg
+    mean, std = (MEAN, STD) if untrained else (cfg["mean"], cfg["std"])
+    px = px or cfg["input_size"][-1]
+    return Backbone(name, spec, model.eval(), cfg["architecture"], px, mean, std, weights_sha(model), provenance)
+
+
+def _create(spec: str, untrained: bool, seed: int, px: int) -> tuple[nn.Module, dict | None]:
+    if Path(spec).is_dir():
+        config = check_folder(spec)
+        size = _img_size(config["architecture"], px)
+        model = timm.create_model(f"local-dir:{Path(spec).resolve()}", pretrained=True, num_classes=0, **size)
+        return model, config.get("uscl_hub")
+    if spec.startswith(("random:", "timm:")):
+        architecture = spec.split(":")[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            size = _img_size(architecture, px)
+            return timm.create_model(architecture, pretrained=not untrained, num_classes=0, **size), None
+    if spec.startswith("meta_uscl_"):
+        model = uscl_hub.load_meta_uscl_backbone(spec)
+        return model, models.provenance(f"{model.pretrained_cfg['architecture']}.{model.pretrained_cfg['tag']}")
+    raise EvaluationError(
+        f"backbone {spec!r} is neither a folder nor random:NAME, timm:NAME, timm:NAME:pretrained or "
+        "meta_uscl_NAME[.tag]"
+    )
+
+
+def _img_size(architecture: str, px: int) -> dict:
+    """Vision transformers are built for one input size."""
+    cfg = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
+    return {"img_size": px} if px and cfg is not None and cfg.fixed_input_size else {}
+
+
+def weights_sha(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode() + str(value.dtype).encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def find_leaks(backbone: Backbone, task: Task) -> list[str]:
+    """Groups of the task that the backbone was pretrained on: by group id (or its fingerprint) or a file's content.
+
+    A group is known as the task names it ('covid_blues/patient_7'), by its aliases ('patient_7') and by the names that
+    uscl_hub.media.find_clips gives its files.
+    """
+    known = backbone.provenance or {}
+    groups, clips = set(map(str, known.get("groups") or ())), set(known.get("clips") or ())
+    leaks = {}
+    for item in task.items:
+        series = re.sub(r"\d+(?=\D*$)", "#", Path(item.id).stem)  # numbered images of one folder are one clip
+        names = {item.group, *item.aliases, item.id, str(Path(item.id).with_name(series + item.path.suffix.lower()))}
+        if groups & (names | set(map(fingerprint, names))) or clips and sha256(item.path) in clips:
+            leaks[item.group] = None
+    return list(leaks)
+
+
+def refuse_leaks(backbone: Backbone, task: Task):
+    """Raises LeakError if the backbone was pretrained on any of the task's groups."""
+    if leaks := find_leaks(backbone, task):
+        raise LeakError(
+            f"{backbone.name} was pretrained on {len(leaks)} of the {len(set(task.groups))} groups that "
+            f"{task.title} tests ({', '.join(leaks[:5])}{', ...' if len(leaks) > 5 else ''}): its result "
+            f"would mean nothing. Pretrain without them, or leave {task.name!r} out of --tasks, or pass "
+            "--leaks skip to leave out just this pair and say so in the report"
+        )

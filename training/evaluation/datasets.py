@@ -1,0 +1,452 @@
+"""The downstream tasks: which files, which label, which group (patient), which frames, which folds.
+
+Nothing is dropped silently: a file that cannot be used stays in the task's `excluded` with the reason, and the
+report prints both counts. A task of which too much is excluded does not run.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import re
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import connected_components
+from sklearn.model_selection import StratifiedGroupKFold
+
+from uscl_hub.checkpoints import sha256
+from uscl_hub.clips.media import IMAGE, VIDEO, Clip, UnreadableClip, decode
+from uscl_hub.clips.read import read_clip
+from uscl_hub.files import write_whole
+from uscl_hub.preprocess import resize
+
+DUPLICATE = 0.94  # correlation of 32 px images; on BUSI few pairs lie between 0.93 and 0.96
+UNKNOWN_FPS = 25.0  # of a moving file that does not say
+NAMES = ("pocus", "busi", "busi3", "blues", "blues_point", "busi_seg")
+VERSION = 1  # of everything that decides cached numbers: decoding, protocols, training
+
+
+class EvaluationError(Exception):
+    """Something that the user can mend: the message names it and says what to do."""
+
+
+class TaskError(EvaluationError):
+    """A data set that cannot be evaluated as it is."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One labelled file. aliases: other names under which its group may stand in a checkpoint's provenance."""
+
+    id: str
+    path: Path
+    kind: str  # 'video' or 'image'
+    label: str
+    group: str
+    masks: tuple[Path, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass
+class Task:
+    """excluded: (id, reason) of files that belong to the task and cannot be used. notes: what a reader must know."""
+
+    name: str
+    title: str
+    classes: tuple[str, ...]
+    items: list[Item]
+    excluded: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def found(self) -> int:
+        return len(self.items) + len(self.excluded)
+
+    @property
+    def labels(self) -> np.ndarray:  # int (items,), an index into classes
+        return np.array([self.classes.index(item.label) for item in self.items])
+
+    @property
+    def groups(self) -> np.ndarray:  # str (items,)
+        return np.array([item.group for item in self.items])
+
+    @property
+    def has_video(self) -> bool:
+        return any(item.kind == "video" for item in self.items)
+
+
+def load_task(name: str, data: Path, blues: Path) -> Task:
+    """One of NAMES. data: the folder with pocus_lung and busi; blues: the folder covid_blues. Raises TaskError."""
+    if name not in NAMES:
+        raise TaskError(f"no task {name!r}: choose from {', '.join(NAMES)}")
+    if name == "pocus":
+        return pocus(Path(data) / "pocus_lung")
+    return covid_blues(Path(blues), name) if name.startswith("blues") else busi(Path(data) / "busi", name)
+
+
+# ------------------------------------------------------------------------------------------------- the data sets
+
+
+def pocus(root: Path) -> Task:
+    """POCUS lung (Born et al. 2021): videos and images, 3 classes, grouped by patient, else by source.
+
+    The label is the folder, and the same in file_index.csv.
+    """
+    classes, left_out = ("covid", "pneumonia", "regular"), ("viral", "uncertain")
+    index = root / "file_index.csv"
+    by_tail, by_stem = {}, defaultdict(list)
+    for row in read_csv(index, ("path", "label", "patient_id", "source_id")):
+        by_tail["/".join(row["path"].split("/")[-4:]).lower()] = row
+        by_stem[Path(row["path"]).stem.lower()].append(row)
+    items, excluded, skipped, used = [], [], Counter(), set()
+    for path in _files(root, VIDEO | IMAGE):
+        name, folder = _id(path, root), path.parent.name
+        row = by_tail.get("/".join(path.parts[-4:]).lower())
+        same = by_stem[path.stem.lower()]
+        if row is None and len(same) == 1:  # listed under another folder or extension: the label must still agree
+            row = same[0]
+        if row is not None:
+            used.add(row["path"])
+        if folder in left_out and (row is None or row["label"] == folder):
+            skipped[folder] += 1
+        elif row is None:
+            excluded.append((name, f"not in {index.name}: label and patient unknown; add a row for it"))
+        elif row["label"] != folder:
+            excluded.append((name, f"two labels: its folder says {folder}, {index.name} says {row['label']}"))
+        elif folder not in classes:
+            excluded.append((name, f"unknown label {folder!r}; expected one of {', '.join(classes + left_out)}"))
+        elif not (row["patient_id"] or row["source_id"]):
+            excluded.append((name, f"{index.name} gives neither patient_id nor source_id: its group is unknown"))
+        else:
+            group = f"patient_{row['patient_id']}" if row["patient_id"] else f"source_{row['source_id']}"
+            kind = "video" if path.suffix.lower() in VIDEO else "image"
+            items.append(Item(name, path, kind, folder, f"{root.name}/{group}"))
+    kinds = Counter(item.kind for item in items)
+    notes = [f"{kinds['video']} videos and {kinds['image']} images; the group is patient_id, else source_id"]
+    notes += [f"left out by definition of the task: {n} {label}" for label, n in sorted(skipped.items())]
+    if absent := sum(row["label"] in classes and row["path"] not in used for row in by_tail.values()):
+        notes.append(f"{absent} rows of {index.name} have no file here (not all may be redistributed)")
+    return _same_file_in_one_group(Task("pocus", "POCUS lung", classes, items, excluded, notes))
+
+
+def covid_blues(root: Path, name: str = "blues") -> Task:
+    """COVID-BLUES (Wiedemann et al. 2025), grouped by patient.
+
+    name: 'blues' (severity score >= 2 against < 2 of a clip), or 'blues_point' (at which of a lung's three BLUE points
+    the clip was taken, from its name: a question that needs no expert, for tuning a pretraining).
+    """
+    if name == "blues_point":
+        return _blue_points(root)
+    table, scores = root / "severity.csv", defaultdict(set)
+    for row in read_csv(table, ("video_file", "Severity Score")):
+        scores[row["video_file"].removesuffix(".mp4")].add(row["Severity Score"])
+    items, excluded, files = [], [], _files(root, VIDEO)
+    for path in files:
+        name, patient, given = _id(path, root), re.match(r"patient_\d+", path.stem), scores[path.stem]
+        if not given - {""}:
+            excluded.append((name, f"no severity score in {table.name}"))
+        elif len(given) > 1:
+            excluded.append((name, f"two labels: the scores {' and '.join(sorted(given))} in {table.name}"))
+        elif not re.fullmatch(r"[0-3](\.\d*)?", *given):
+            excluded.append((name, f"the score {''.join(given)!r} in {table.name} is not a number from 0 to 3"))
+        elif patient is None:
+            excluded.append((name, "its name does not begin with patient_N: the patient is unknown"))
+        else:
+            label = "score >= 2" if float(*given) >= 2 else "score < 2"
+            items.append(Item(name, path, "video", label, f"{root.name}/{patient[0]}", aliases=(patient[0],)))
+    for stem in sorted(scores.keys() - {path.stem for path in files}):
+        excluded.append((f"{root.name}/{stem}", f"scored in {table.name}, but there is no video of that name"))
+    classes, notes = ("score < 2", "score >= 2"), ["the group is the patient"]
+    return _same_file_in_one_group(Task("blues", "COVID-BLUES severity", classes, items, excluded, notes))
+
+
+def _blue_points(root: Path) -> Task:
+    items, excluded = [], []
+    for path in _files(root, VIDEO):
+        if match := re.match(r"(patient_\d+)_[LR]([123])(_\d+)?$", path.stem):
+            group = f"{root.name}/{match[1]}"
+            items.append(Item(_id(path, root), path, "video", f"point {match[2]}", group, aliases=(match[1],)))
+        else:
+            excluded.append((_id(path, root), "its name is not patient_N and a point from L1 to R3"))
+    classes, notes = ("point 1", "point 2", "point 3"), ["the group is the patient"]
+    return _same_file_in_one_group(Task("blues_point", "COVID-BLUES scan point", classes, items, excluded, notes))
+
+
+def busi(root: Path, name: str = "busi") -> Task:
+    """BUSI breast images (Al-Dhabyani et al. 2020), grouped by near-duplicate cluster over all three classes.
+
+    name: 'busi' (benign, malignant), 'busi3' (and normal), or 'busi_seg', where an image without its mask is excluded.
+    """
+    title, classes = {
+        "busi": ("BUSI benign / malignant", ("benign", "malignant")),
+        "busi3": ("BUSI 3 classes", ("benign", "malignant", "normal")),
+        "busi_seg": ("BUSI lesion segmentation", ("benign", "malignant")),
+    }[name]
+    images, paths, label_of, masks, excluded = {}, {}, {}, defaultdict(list), []
+    for label in ("benign", "malignant", "normal"):
+        for path in _files(root / label, IMAGE):
+            if match := re.fullmatch(r"(.*)_mask(_\d+)?", path.stem):
+                masks[label, match[1]].append(path)
+                continue
+            key = _id(path, root)
+            try:
+                images[key] = decode(Clip(key, root.name, "image", (path,)))[0][0]
+                paths[key], label_of[key] = path, label
+            except UnreadableClip as error:
+                if label in classes:
+                    excluded.append((key, f"unreadable: {error.reason}"))
+    keys, labels_of_pixels = list(images), defaultdict(dict)
+    for key, image in images.items():
+        labels_of_pixels[image.shape, image.tobytes()].setdefault(label_of[key], key)
+    items, clusters = [], near_duplicates(list(images.values()))
+    for key, cluster in zip(keys, clusters):
+        label, image = label_of[key], images[key]
+        twins = [twin for other, twin in labels_of_pixels[image.shape, image.tobytes()].items() if other != label]
+        own = masks[label, paths[key].stem]
+        if label not in classes:
+            continue
+        if twins:
+            excluded.append((key, f"two labels on the same image: {label} here, {label_of[twins[0]]} as {twins[0]}"))
+        elif name == "busi_seg" and not own:
+            excluded.append((key, f"image without its mask: there is no {paths[key].stem}_mask beside it"))
+        else:
+            own = tuple(sorted(own)) if name == "busi_seg" else ()
+            items.append(Item(key, paths[key], "image", label, f"{root.name}/{keys[cluster]}", own))
+    notes = [
+        f"{len(set(clusters))} near-duplicate clusters among all {len(keys)} images (correlation of the 32 px images "
+        f"above {DUPLICATE}); a cluster stays in one fold"
+    ]
+    members = defaultdict(list)
+    for item in items:
+        members[item.group].append(item)
+    if mixed := [m for m in members.values() if len({item.label for item in m}) > 1]:
+        named = "; ".join(" = ".join(item.path.name for item in m) for m in mixed)
+        notes.append(f"near-duplicates, not identical, with different labels, kept, in one fold: {named}")
+    if several := sum(len(item.masks) > 1 for item in items):
+        notes.append(f"{several} images have several lesions: their masks are merged")
+    with_image = {(label_of[key], paths[key].stem) for key in keys}
+    if orphans := sorted(path.name for key, files in masks.items() if key not in with_image for path in files):
+        notes.append(f"masks without a readable image: {', '.join(orphans)}")
+    return Task(name, title, classes, items, excluded, notes)
+
+
+def near_duplicates(images: list[np.ndarray], threshold: float = DUPLICATE) -> np.ndarray:
+    """Cluster of every image, int (N,): the index of the cluster's first image.
+
+    images: uint8 (H, W), any sizes. Two images whose 32 px versions correlate (Pearson) above the threshold are
+    linked; clusters are the connected components, so the result does not depend on the order of the pairs.
+    """
+    if not images:
+        return np.zeros(0, int)
+    small = np.stack([resize(image, 32).ravel() for image in images]).astype(np.float64)
+    small -= small.mean(axis=1, keepdims=True)
+    norm = np.linalg.norm(small, axis=1, keepdims=True)
+    small = np.divide(small, norm, out=np.zeros_like(small), where=norm > 0)
+    _, component = connected_components(csr_matrix(small @ small.T > threshold), directed=False)
+    _, first = np.unique(component, return_index=True)
+    return first[component]
+
+
+def _same_file_in_one_group(task: Task) -> Task:
+    """Identical bytes: with two labels they are excluded; with one, their groups become one."""
+    same, joined, bad = defaultdict(list), {}, {}
+    for item in task.items:
+        same[sha256(item.path)].append(item)
+
+    def root(group):
+        while group in joined:
+            group = joined[group]
+        return group
+
+    for first, *copies in same.values():
+        if len({item.label for item in (first, *copies)}) > 1:
+            text = ", ".join(f"{item.id} ({item.label})" for item in (first, *copies))
+            bad |= dict.fromkeys((item.id for item in (first, *copies)), f"two labels on the same file: {text}")
+        for item in copies:
+            task.notes.append(f"{item.id} and {first.id} are the same file: their groups are joined")
+            if root(item.group) != root(first.group):
+                joined[root(item.group)] = root(first.group)
+    task.items = [
+        replace(item, group=root(item.group), aliases=(*item.aliases, item.group))
+        for item in task.items
+        if item.id not in bad
+    ]
+    task.excluded += sorted(bad.items())
+    return task
+
+
+def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict]:
+    if not path.is_file():
+        raise TaskError(f"{path}: no such file; it gives the labels (set --data or --blues to the data folder)")
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        missing = set(columns) - set(reader.fieldnames or ())
+        if missing:
+            raise TaskError(f"{path}: no column {', '.join(sorted(missing))}")
+        return [{key: (row[key] or "").strip() for key in columns} for row in reader]
+
+
+def _files(root: Path, extensions: set[str]) -> list[Path]:
+    if not root.is_dir():
+        raise TaskError(f"{root}: no such folder")
+    return sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in extensions and path.is_file() and not path.name.startswith(".")
+    )
+
+
+def _id(path: Path, root: Path) -> str:
+    return f"{root.name}/{path.relative_to(root).as_posix()}"
+
+
+# ----------------------------------------------------------------------------------------------------- frames
+
+
+@dataclass
+class Frames:
+    """images: uint8 (N, px, px); item: int (N,), each frame's index into task.items. key: of all they depend on."""
+
+    images: np.ndarray
+    item: np.ndarray
+    key: str
+
+
+def load_frames(
+    task: Task,
+    px: int,
+    cache: Path,
+    rate: float = 3.0,
+    crop: str = "none",
+    workers: int = 0,
+    max_excluded: float = 0.05,
+) -> Frames:
+    """Decode every item once, at about `rate` frames per second, to px squares; later calls read the cache.
+
+    crop: 'none', or 'crop' / 'blank' for the detected moving region (uscl_hub/clips/crop.py). workers: threads, 0: one
+    a core. Items that cannot be decoded are moved from task.items to task.excluded with the reason. Raises TaskError if
+    more than the share `max_excluded` of all found items is excluded by then.
+    """
+
+    def decode_all():
+        jobs = [(item, px, rate, crop) for item in task.items]
+        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # decoders and resizing release the GIL
+            decoded = list(pool.map(_decode, jobs))
+        return {
+            "images": np.concatenate([np.zeros((0, px, px), np.uint8), *(frames for frames, _, _ in decoded)]),
+            "item": np.repeat(np.arange(len(decoded)), [len(frames) for frames, _, _ in decoded]),
+            "reasons": np.array([reason for _, reason, _ in decoded]),
+            "notes": np.array([note for _, _, note in decoded]),
+        }
+
+    described = ["frames", px, rate, crop, [(item.id, sha256(item.path)) for item in task.items]]
+    saved = cached(cache, described, decode_all)
+    unreadable = np.flatnonzero(saved["reasons"] != "")
+    task.excluded += [(task.items[i].id, f"unreadable: {saved['reasons'][i]}") for i in unreadable]
+    notes = [f"{item.id}: {note}" for item, note in zip(task.items, saved["notes"]) if note]
+    task.notes += [note for note in notes if note not in task.notes]  # said once, however many sizes are decoded
+    kept = np.setdiff1d(np.arange(len(task.items)), unreadable)
+    task.items = [task.items[i] for i in kept]
+    check_excluded(task, max_excluded)
+    return Frames(saved["images"], np.searchsorted(kept, saved["item"]), digest(described))
+
+
+def digest(described) -> str:
+    """20 hex digits of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:20]
+
+
+def cached(folder: Path, described: list, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays of make(), kept in `folder` by what they depend on. described: JSON values, the first one its kind."""
+    file = Path(folder) / f"{described[0]}-{digest([VERSION, *described])}.npz"
+    if not file.exists():
+        arrays = make()
+        write_whole(file, lambda path: _savez(path, arrays))
+    with np.load(file) as saved:
+        return dict(saved)
+
+
+def _savez(path: Path, arrays: dict[str, np.ndarray]):
+    with open(path, "wb") as file:  # given a path, numpy adds .npz to it
+        np.savez(file, **arrays)
+
+
+def check_excluded(task: Task, max_excluded: float):
+    if not task.items or len(task.excluded) > max_excluded * task.found:
+        listing = "\n".join(f"  {name}: {reason}" for name, reason in task.excluded[:20])
+        raise TaskError(
+            f"{task.title}: {len(task.excluded)} of {task.found} files cannot be used, more than "
+            f"--max-excluded {max_excluded:g} allows; mend them or raise it:\n{listing}"
+        )
+
+
+def _decode(job) -> tuple[np.ndarray, str, str]:
+    """Frames, uint8 (T, px, px), the reason why there are none, and what a reader should know of them."""
+    item, px, rate, crop = job
+    try:
+        clip = read_clip(Clip(item.id, "", item.kind, (item.path,)), px, crop=crop)
+    except UnreadableClip as error:
+        return np.zeros((0, px, px), np.uint8), error.reason, ""
+    return clip.images[frame_numbers(len(clip.images), clip.fps, rate)], "", "; ".join(clip.notes)
+
+
+def frame_numbers(frames: int, fps: float | None, rate: float) -> np.ndarray:
+    """Which frames of a clip are taken, int: the first one at or after every 1 / rate seconds, each once."""
+    step = max(1.0, (fps or UNKNOWN_FPS) / rate)
+    return np.ceil(np.arange(0, frames, step) - 1e-9).astype(int).clip(max=frames - 1)
+
+
+# ------------------------------------------------------------------------------------------------------ folds
+
+
+def make_folds(
+    labels: np.ndarray, groups: np.ndarray, classes: tuple[str, ...], folds: int, seed: int, name: str = "task"
+) -> np.ndarray:
+    """The test fold of every item, int (items,): stratified by label, no group in two folds, from one seed.
+
+    labels: int (items,). Raises TaskError, naming the class and its number of groups, if a test fold or what remains
+    for training would lack a class.
+    """
+    assigned = np.full(len(labels), -1)
+    for label, class_name in enumerate(classes):
+        count = len(set(groups[labels == label]))
+        if count < folds:
+            raise TaskError(
+                f"{name}: class {class_name!r} has {count} group(s), too few for {folds} folds that each "
+                "hold every class; use fewer --folds or more data"
+            )
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    for fold, (_, test) in enumerate(splitter.split(np.zeros(len(labels)), labels, groups)):
+        assigned[test] = fold
+    for fold in range(folds):
+        for label, class_name in enumerate(classes):
+            for part, where in ((labels[assigned == fold], "test part"), (labels[assigned != fold], "training part")):
+                if not (part == label).any():
+                    raise TaskError(
+                        f"{name}: the {where} of fold {fold} (seed {seed}) has no {class_name!r}; use "
+                        f"fewer --folds or another seed"
+                    )
+    return assigned
+
+
+def label_subset(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Which training items keep their label, bool (items,): a share of the groups of every class, at least one.
+
+    A group counts to the class of most of its items. A smaller share is a subset of a larger one with the same seed.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"label fraction must be in (0, 1], got {fraction}")
+    by_class = defaultdict(list)
+    for group in sorted(set(groups)):
+        by_class[int(np.bincount(labels[groups == group]).argmax())].append(group)
+    kept = set()
+    for label, members in sorted(by_class.items()):
+        order = np.random.default_rng([seed, label]).permutation(len(members))
+        kept.update(members[i] for i in order[: max(1, round(fraction * len(members)))])
+    return np.isin(groups, sorted(kept))

@@ -1,0 +1,336 @@
+"""Lesion segmentation on a backbone: Mask R-CNN with FPN (torchvision) and a light U-Net decoder (smp).
+
+Every image of the test folds counts: where a model finds no lesion, Dice, PPV and sensitivity are 0.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import segmentation_models_pytorch as smp
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FeaturePyramidNetwork, masks_to_boxes
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from training.evaluation import intervals
+from training.evaluation.backbones import Backbone
+from training.evaluation.datasets import EvaluationError, Task, cached, label_subset, load_frames
+from training.evaluation.protocols import to_input
+from training.method.fast_convolution import FastWeightGradients
+from uscl_hub.preprocess import resize
+
+HEADS = ("unet", "maskrcnn")
+WIDTH = 128  # channels of the pyramid and of the Mask R-CNN's heads
+
+
+@dataclass
+class Segment:
+    """How the segmentation heads are trained, all weights with the backbone's: Adam, one cycle of its rate."""
+
+    heads: tuple[str, ...] = ("unet",)
+    """'unet' (light and fast), 'maskrcnn' (the paper's)."""
+    px: int = 128
+    """Side of the squashed images."""
+    epochs: int = 10
+    """Passes over the training folds."""
+    lr: float = 1e-3
+    """Adam's peak learning rate."""
+    batch: int = 16
+    """Images a step."""
+
+
+def load_pairs(task: Task, px: int, cache: Path) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (N, px, px) images and bool (N, px, px) masks, several lesions merged; aligned with task.items after it.
+
+    A mask that is unreadable, empty or of another size than its image moves the item to task.excluded.
+    """
+    masks, kept = {}, []
+    for item in task.items:
+        try:
+            masks[item.id] = _merged(item.path, item.masks, px)
+            kept.append(item)
+        except (OSError, ValueError) as error:
+            task.excluded.append((item.id, f"unusable mask: {error}"))
+    task.items = kept
+    images = load_frames(task, px, cache, max_excluded=1).images  # one frame an item
+    return images, np.stack([masks[item.id] for item in task.items])
+
+
+def _merged(image: Path, masks: tuple[Path, ...], px: int) -> np.ndarray:
+    with Image.open(image) as opened:
+        size = opened.size
+    merged = np.zeros(size[::-1], bool)
+    for path in masks:
+        with Image.open(path) as opened:
+            if opened.size != size:
+                raise ValueError(f"{path.name} is {opened.size[0]} x {opened.size[1]}, its image {size[0]} x {size[1]}")
+            merged |= np.asarray(opened.convert("L")) > 127
+    small = resize(merged.astype(np.uint8) * 255, px) > 127
+    if not small.any():
+        raise ValueError(f"nothing is marked in {', '.join(path.name for path in masks)}")
+    return small
+
+
+# --------------------------------------------------------------------------------------------------------- models
+
+
+class _Pyramid(nn.Module):
+    """The backbone's feature maps (strides 4 to 32) through an FPN, as torchvision's detectors want them."""
+
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.body, self.out_channels = body, WIDTH
+        self.fpn = FeaturePyramidNetwork(body.feature_info.channels(), WIDTH, extra_blocks=LastLevelMaxPool())
+
+    def forward(self, x):
+        return self.fpn(OrderedDict((str(i), f) for i, f in enumerate(self.body(x))))
+
+
+def features_only(backbone: Backbone) -> nn.Module:
+    """The backbone as timm's features_only model of four maps, strides 4 to 32; every weight is the backbone's."""
+    try:
+        model = timm.create_model(backbone.architecture, features_only=True, out_indices=(-4, -3, -2, -1))
+        strides = model.feature_info.reduction()
+    except (RuntimeError, AttributeError, AssertionError, IndexError) as error:  # timm's ways to say no
+        strides = f"none ({error})"
+    if strides != [4, 8, 16, 32]:
+        raise EvaluationError(
+            f"{backbone.name}: {backbone.architecture} has no feature maps at strides 4, 8, 16 and 32, but {strides}; "
+            "leave 'busi_seg' out of --tasks"
+        )
+    copy_weights(model, backbone.model)
+    return model
+
+
+def copy_weights(features: nn.Module, model: nn.Module):
+    """Load a features_only model with the model's weights. Its names may be flattened: stages.0 is stages_0."""
+    state = {key.replace(".", "_"): value for key, value in model.state_dict().items()}
+    features.load_state_dict({key: state[key.replace(".", "_")] for key in features.state_dict()})
+
+
+def build(head: str, backbone: Backbone, px: int) -> nn.Module:
+    """The segmentation model of images (B, 3, px, px), its encoder a copy of the backbone."""
+    body = features_only(backbone)
+    if head == "unet":
+        width = (128, 64, 32, 16, 16)
+        model = smp.Unet(f"tu-{backbone.architecture}", encoder_weights=None, decoder_channels=width)
+        copy_weights(model.encoder.model, backbone.model)
+        return model
+    sizes = tuple((px * share,) for share in (1 / 12, 1 / 6, 1 / 4, 1 / 2.5, 1 / 1.4))
+    return MaskRCNN(
+        _Pyramid(body),
+        min_size=px,
+        max_size=px,
+        image_mean=[0.0] * 3,
+        image_std=[1.0] * 3,  # the input is normalised already
+        rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5),
+        # heads of a quarter of torchvision's width: its mask head costs more than everything else together
+        box_head=TwoMLPHead(WIDTH * 7**2, 256),
+        box_predictor=FastRCNNPredictor(256, 2),
+        mask_head=MaskRCNNHeads(WIDTH, (WIDTH, WIDTH), 1),
+        mask_predictor=MaskRCNNPredictor(WIDTH, WIDTH, 2),
+        box_detections_per_img=10,  # one lesion an image: torchvision's numbers are for crowded photographs
+        rpn_pre_nms_top_n_train=500,
+        rpn_pre_nms_top_n_test=200,
+        rpn_post_nms_top_n_train=200,
+        rpn_post_nms_top_n_test=100,
+        box_batch_size_per_image=32,
+    )
+
+
+def _loss(head: str, model: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    if head == "unet":
+        logits, target = model(x), mask[:, None].float()
+        return F.binary_cross_entropy_with_logits(logits, target) + smp.losses.DiceLoss("binary")(logits, target)
+    boxes = masks_to_boxes(mask) + torch.tensor([0, 0, 1, 1], device=x.device)  # the far side included
+    one = torch.ones(1, dtype=torch.int64, device=x.device)
+    targets = [{"boxes": b[None], "labels": one, "masks": m[None].byte()} for b, m in zip(boxes, mask)]
+    return sum(model(list(x), targets).values())
+
+
+def train(
+    head: str, backbone: Backbone, images: np.ndarray, masks: np.ndarray, recipe: Segment, seed: int, device: str
+) -> nn.Module:
+    """A head on the backbone, trained on the images with their masks and random horizontal flips; in eval mode."""
+    with torch.random.fork_rng(devices=[]), FastWeightGradients():
+        torch.manual_seed(seed)
+        model = build(head, backbone, recipe.px).to(device, memory_format=torch.channels_last).train()
+        optimiser = torch.optim.Adam(model.parameters(), lr=recipe.lr)
+        batches = -(-len(images) // recipe.batch)  # equal ones: batch normalisation needs more than one image
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimiser, recipe.lr, total_steps=max(2, recipe.epochs * batches)
+        )
+        for _ in range(recipe.epochs):
+            for index in torch.randperm(len(images)).tensor_split(batches):
+                x = to_input(images[index.numpy()], backbone).to(device)
+                mask = torch.from_numpy(masks[index.numpy()]).to(device)
+                flip = (torch.rand(len(x), 1, 1) < 0.5).to(device)
+                x, mask = torch.where(flip[:, None], x.flip(-1), x), torch.where(flip, mask.flip(-1), mask)
+                loss = _loss(head, model, x, mask)
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+    if not torch.isfinite(loss):
+        raise EvaluationError(f"{head} on {backbone.name} diverged: lower --segment.lr")
+    return model.eval()
+
+
+@torch.inference_mode()
+def predict(
+    head: str, model: nn.Module, backbone: Backbone, images: np.ndarray, device: str
+) -> tuple[np.ndarray, list[list]]:
+    """bool (N, px, px) masks, and every image's instances as [score, COCO run-length mask]; none for the U-Net."""
+    predicted, instances = np.zeros(images.shape, bool), [[] for _ in images]
+    for start in range(0, len(images), 32):
+        x = to_input(images[start : start + 32], backbone).to(device)
+        if head == "unet":
+            predicted[start : start + 32] = (model(x)[:, 0] > 0).cpu().numpy()
+            continue
+        for i, found in enumerate(model(list(x)), start=start):
+            soft, scores = found["masks"][:, 0].cpu().numpy() > 0.5, found["scores"].tolist()
+            instances[i] = [[score, _encode(mask)] for mask, score in zip(soft, scores)]
+            if scores:  # every image of this task has a lesion: the surest one, and all that are likely
+                predicted[i] = soft[[j == 0 or score > 0.5 for j, score in enumerate(scores)]].any(0)
+    return predicted, instances
+
+
+def _encode(mask: np.ndarray) -> dict:
+    code = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": list(code["size"]), "counts": code["counts"].decode()}
+
+
+# -------------------------------------------------------------------------------------------------------- metrics
+
+
+def image_metrics(predicted: np.ndarray, masks: np.ndarray) -> dict[str, np.ndarray]:
+    """Dice, PPV and sensitivity of every image, float (N,) each; 0 where nothing is predicted. bool (N, px, px) in."""
+    stats = smp.metrics.get_stats(*(torch.from_numpy(m[:, None]).long() for m in (predicted, masks)), mode="binary")
+    metrics = {
+        "Dice": smp.metrics.f1_score,
+        "PPV": smp.metrics.positive_predictive_value,
+        "sensitivity": smp.metrics.sensitivity,
+    }
+    return {name: f(*stats, reduction="none", zero_division=0.0).numpy()[:, 0] for name, f in metrics.items()}
+
+
+def average_precision(
+    masks: np.ndarray, instances: list[list], groups: np.ndarray, draws: int = 1000, seed: int = 0
+) -> dict[str, intervals.Estimate]:
+    """COCO's mask AP (0.50:0.95) and AP50 over all images, with a bootstrap over groups. masks: bool (N, px, px).
+
+    Values are pycocotools'; draws use its matches. AP is 0 where there is no detection at all.
+    """
+    _, group = np.unique(groups, return_inverse=True)
+    counts = intervals.draw_groups(group.max() + 1, draws, seed)[:, group]
+    evaluation = _coco(masks, instances)
+    if evaluation is None:
+        return {name: intervals.Estimate(0.0, np.zeros(draws)) for name in ("COCO AP", "COCO AP50")}
+    precision = evaluation.eval["precision"]  # (IoU, recall, class, area, detections)
+    values = precision.mean(), precision[0].mean()
+    found = [e for e in evaluation.evalImgs if e]
+    score = np.concatenate([e["dtScores"] for e in found])
+    order = np.argsort(-score, kind="mergesort")
+    hit = np.concatenate([e["dtMatches"] > 0 for e in found], axis=1)[:, order]
+    image = np.repeat([e["image_id"] - 1 for e in found], [len(e["dtScores"]) for e in found])[order]
+    drawn = np.array([weighted_precision(hit, c[image], c.sum(), evaluation.params.recThrs) for c in counts])
+    names_draws = zip(("COCO AP", "COCO AP50"), values, (drawn.mean(1), drawn[:, 0]))
+    return {name: intervals.Estimate(value, d) for name, value, d in names_draws}
+
+
+def weighted_precision(hit: np.ndarray, weight: np.ndarray, lesions: int, recalls: np.ndarray) -> np.ndarray:
+    """COCO's interpolated average precision at every IoU, float (T,), of detections that count `weight` times.
+
+    hit: bool (T, D), best score first; weight: int (D,); recalls: float (R,), where precision is read.
+    """
+    true = np.cumsum(hit * weight, axis=1)
+    precision = true / np.maximum(np.cumsum(weight), 1)
+    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    envelope = np.pad(envelope, ((0, 0), (0, 1)))
+    reached = [np.searchsorted(row / lesions, recalls, side="left") for row in true]
+    return np.take_along_axis(envelope, np.array(reached), axis=1).mean(1)
+
+
+def _coco(masks: np.ndarray, instances: list[list]) -> COCOeval | None:
+    """pycocotools' evaluation, accumulated; None without any detection. One lesion an image, every size."""
+    found = [
+        {"image_id": i, "category_id": 1, "score": score, "segmentation": code}
+        for i, one in enumerate(instances, start=1)
+        for score, code in one
+    ]
+    if not found:
+        return None
+    truth = COCO()
+    truth.dataset = {
+        "images": [{"id": i, "height": m.shape[0], "width": m.shape[1]} for i, m in enumerate(masks, start=1)],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 1, "iscrowd": 0, "area": int(m.sum()), "segmentation": _encode(m)}
+            for i, m in enumerate(masks, start=1)
+        ],
+        "categories": [{"id": 1, "name": "lesion"}],
+        "info": {},
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(found), "segm")
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluation.params.maxDets = [10]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation
+
+
+# ------------------------------------------------------------------------------------------------ out-of-fold runs
+
+
+def out_of_fold(
+    head: str,
+    backbone: Backbone,
+    images: np.ndarray,
+    masks: np.ndarray,
+    task: Task,
+    folds: np.ndarray,
+    fraction: float,
+    seed: int,
+    recipe: Segment,
+    device: str,
+    cache: Path,
+    done=lambda: None,
+) -> tuple[np.ndarray, list[list]]:
+    """Masks, bool (N, px, px), and instances of every image from a model that has not seen its fold; see `predict`."""
+    predicted, instances = np.zeros(masks.shape, bool), [[] for _ in masks]
+    content = hashlib.sha256(images.tobytes() + masks.tobytes()).hexdigest()
+    settings = {**asdict(recipe), "heads": head}
+    for fold in range(folds.max() + 1):
+        test, training = folds == fold, np.flatnonzero(folds != fold)
+        training = training[label_subset(task.labels[training], task.groups[training], fraction, seed)]
+        assert not set(task.groups[training]) & set(task.groups[test])
+
+        def make():
+            model = train(head, backbone, images[training], masks[training], recipe, seed, device)
+            mask, found = predict(head, model, backbone, images[test], device)
+            return {"mask": mask, "found": np.array(json.dumps(found))}
+
+        described = ["segment", backbone.sha, backbone.mean, backbone.std, content, folds.tolist(), fold, fraction]
+        saved = cached(cache, [*described, seed, settings], make)
+        predicted[test] = saved["mask"]
+        for i, found in zip(np.flatnonzero(test), json.loads(str(saved["found"]))):
+            instances[i] = found
+        done()
+    return predicted, instances

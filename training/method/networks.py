@@ -1,0 +1,58 @@
+"""The two networks that are trained: the encoder (backbone + projector) and CMW-Net."""
+
+import timm
+import torch
+from torch import nn
+
+import uscl_hub  # noqa: F401  (registers meta_uscl_resnet18, ...)
+from training.engine.export import architecture
+
+
+class Encoder(nn.Module):
+    """A timm backbone and the 2-layer projector of SimCLR.
+
+    Args:
+        name: any timm model name.
+        dim: width of the projection (128 in the paper).
+        **kwargs: passed on to `timm.create_model`.
+
+    forward(x): images, float (B, C, H, W) -> representations (B, d) and projections (B, dim).
+    """
+
+    def __init__(self, name, dim=128, **kwargs):
+        super().__init__()
+        self.backbone = timm.create_model(name, num_classes=0, **kwargs)
+        # Some heads (MobileNetV3) widen the pooled features: `num_features` is then not what comes out.
+        self.num_features = d = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
+        self.projector = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, dim))
+
+    def forward(self, x):
+        h = self.backbone(x)
+        return h, self.projector(h)
+
+
+def input_channels(network):
+    """Channels of the images that a network takes: those of its first convolution, else timm's 3."""
+    return next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)), 3)
+
+
+class CMWNet(nn.Module):
+    """Contrastive meta weight network: the weight of a positive pair from its two representations.
+
+    2d -> hidden -> 1 with ReLU and sigmoid (hidden = 10 in the paper).
+
+    forward(h): representations, float (2, N, d) -> weights in (0, 1), float (N,).
+    """
+
+    def __init__(self, d, hidden=10):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2 * d, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+    def forward(self, h):
+        return torch.sigmoid(self.net(torch.cat([h[0], h[1]], dim=1))).squeeze(1)
+
+
+def input_size(model):
+    """Keyword arguments of `timm.create_model` for networks that are built for one size of images (ViT)."""
+    cfg = timm.get_pretrained_cfg(architecture(model.name))
+    return {"img_size": model.size} if cfg and cfg.fixed_input_size else {}
