@@ -514,7 +514,7 @@ def ingesting(settings, device, folder):
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(["uscl_hub.media", "uscl_hub.crop"])  # as ingest does
+        context.set_forkserver_preload(["uscl_hub.clips.media", "uscl_hub.clips.crop"])  # as ingest does
 
     def decode():
         with ProcessPoolExecutor(workers, context) as pool:

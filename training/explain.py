@@ -36,14 +36,14 @@ DRAWS = 1000
 
 
 @torch.no_grad()
-def weigh_pairs(state, clips, config, batches, device):
-    """Pairs of the training clips as in training (batch statistics, augmentation), `batches` times optim.batch.
+def weigh_pairs(state, clips, config, count, device):
+    """Pairs of the training clips as in training (batch statistics, augmentation), `count` times optim.batch.
 
     Returns a dict of arrays (pairs,): clip, weight, similarity (cosine, of the representations), distance (frames from
     the pair's first to its last one).
     """
     rows = []
-    for i in range(batches):
+    for i in range(count):
         chosen = batches.train_clips(clips.train, i, config.optim.batch, config.seed)
         key = (config.seed, batches.EXPLAIN, i)
         batch = batches.make_batch(clips.cache, chosen, config.pairs, key)

@@ -423,7 +423,7 @@ def _pool(count: int) -> ProcessPoolExecutor:
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":  # the imports happen once, not once a worker
-        context.set_forkserver_preload(["uscl_hub.clips"])
+        context.set_forkserver_preload(["uscl_hub.clips.read"])
     return ProcessPoolExecutor(count, context, _start_worker)
 
 

@@ -167,7 +167,7 @@ def push_forward(encoder, views, tape, direction, how="exact"):
     if how == "exact":
         dh, dz = tangent(encoder, views, tape, direction)
     elif how == "difference":
-        # Far enough for float32 rounding, near enough to cross few of the ReLUs' kinks (tests/training/method/test_step.py).
+        # Far enough for float32 rounding, near enough to cross few of the ReLUs' kinks (test_step.py).
         params = dict(encoder.named_parameters())
         norms = [torch.stack(torch._foreach_norm(list(d.values()))).norm() for d in (params, direction)]
         eps = 5e-6 * norms[0] / norms[1].clamp_min(torch.finfo(norms[1].dtype).tiny)
