@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from training import config as configs  # noqa: E402
 from training import distributed  # noqa: E402
+from training.data import batches  # noqa: E402
 from training.data.dataset import prepare  # noqa: E402
 from training.engine.state import restore  # noqa: E402
 from training.evaluation import (
