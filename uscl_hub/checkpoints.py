@@ -3,7 +3,6 @@
 Every error is a CheckpointError that names the file and says what to do. Nothing here ever unpickles.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -13,6 +12,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+
+from uscl_hub.errors import UserError
+from uscl_hub.files import sha256
 
 WEIGHTS_NAME, CONFIG_NAME, CARD_NAME = "model.safetensors", "config.json", "README.md"
 MAX_HEADER = 10 << 20  # bytes, also of config.json; a ResNet's header is about 20 kB
@@ -40,17 +42,8 @@ CREATE_MODEL = {
 }
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint is missing, damaged or not what it should be."""
-
-
-def sha256(path) -> str:
-    """Hex SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_sha256(path, expected: str) -> None:
