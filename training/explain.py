@@ -24,6 +24,7 @@ from training import distributed  # noqa: E402
 from training.data import batches  # noqa: E402
 from training.data.dataset import prepare  # noqa: E402
 from training.engine.state import restore  # noqa: E402
+from training.engine.train import build  # noqa: E402
 from training.evaluation import (
     intervals,  # noqa: E402
     report,  # noqa: E402
@@ -31,7 +32,6 @@ from training.evaluation import (
 from training.evaluation.datasets import EvaluationError  # noqa: E402
 from training.method.networks import input_channels  # noqa: E402
 from training.method.step import forward  # noqa: E402
-from training.run import build  # noqa: E402
 
 DRAWS = 1000
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from training import config as configs
 from training import distributed, run
 from training.engine import checks
+from training.engine import train as loop
 from training.method import forward_mode, step
 from training.method.networks import CMWNet, Encoder
 
@@ -150,7 +151,7 @@ def test_torchrun_to_the_end_and_one_process_after_a_signal(tiny, tmp_path):
 
     done = torch.load(tmp_path / "long" / "checkpoint.pt", weights_only=True)["step"]
     assert 10 <= done < 400 and stopped.count(f"stopped by a signal at step {done} of 400") == 1, stopped
-    log_step = run.Log.step
+    log_step = loop.Log.step
 
     def log_and_stop(self, number, *args):
         log_step(self, number, *args)
@@ -158,7 +159,7 @@ def test_torchrun_to_the_end_and_one_process_after_a_signal(tiny, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Log, "step", log_and_stop)
+        patch.setattr(loop.Log, "step", log_and_stop)
         run.main(tiny(out=str(tmp_path / "long"), resume=True, **long))
         same_as_alone(tmp_path / "long", tiny(out=str(tmp_path / "long alone"), **long))
 

@@ -22,6 +22,7 @@ from training import config as configs
 from training import run
 from training.data import batches, dataset
 from training.data.simulate import KINDS, simulate_clip, write_video
+from training.engine import train as loop
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("USCL_DATA", ROOT.parent / "shared" / "data"))
@@ -98,7 +99,7 @@ def test_end_to_end_on_real_files(scans, tiny, tmp_path, capsys):
     steps, checks = [r for r in log if "loss" in r], [r for r in log if "val_loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 8)) and [r["step"] for r in checks] == [3, 6, 7]
     for row in steps:
-        assert row["lr"] == run.learning_rate(row["step"] - 1, 7, 0, 0.05)
+        assert row["lr"] == loop.learning_rate(row["step"] - 1, 7, 0, 0.05)
         assert len(row["weights"]) == len(row["clips"]) == 4 and all(0 < w < 1 for w in row["weights"])
         assert 0 < row["meta_share"] < 1 and row["images_per_s"] > 0 and math.isfinite(row["meta_loss"])
     assert sorted(c for r in steps[:3] for c in r["clips"]) == sorted(c for r in steps[3:6] for c in r["clips"])
@@ -165,11 +166,11 @@ def test_any_timm_backbone(tiny, tmp_path, capsys, name):
 
 
 def test_decay_may_spare_norms_and_biases(tiny, monkeypatch):
-    clips = run.prepare(tiny(), Path("unused"))
-    all_of_them = run.build(tiny(), clips, torch.device("cpu"))
+    clips = dataset.prepare(tiny(), Path("unused"))
+    all_of_them = loop.build(tiny(), clips, torch.device("cpu"))
     (group,) = all_of_them.optimizer.param_groups
     assert group["weight_decay"] == 1e-4 and len(group["params"]) == len(list(all_of_them.encoder.parameters()))
-    spared = run.build(tiny(optim={"decay_norm_and_bias": False}), clips, torch.device("cpu"))
+    spared = loop.build(tiny(optim={"decay_norm_and_bias": False}), clips, torch.device("cpu"))
     weights, rest = spared.optimizer.param_groups
     assert weights["weight_decay"] == 1e-4 and rest["weight_decay"] == 0
     assert {id(p) for p in rest["params"]} == {id(p) for p in spared.encoder.parameters() if p.ndim == 1}
@@ -178,11 +179,11 @@ def test_decay_may_spare_norms_and_biases(tiny, monkeypatch):
 
 
 def test_learning_rate():
-    rates = [run.learning_rate(step, 100, 10, 0.4) for step in range(101)]
+    rates = [loop.learning_rate(step, 100, 10, 0.4) for step in range(101)]
     np.testing.assert_allclose(rates[:10], 0.04 * np.arange(1, 11))
     assert rates[10] == pytest.approx(0.4) and rates[55] == pytest.approx(0.2) and rates[100] == pytest.approx(0)
     assert all(a > b for a, b in zip(rates[10:], rates[11:]))
-    assert run.learning_rate(0, 1, 0, 0.4) == 0.4
+    assert loop.learning_rate(0, 1, 0, 0.4) == 0.4
 
 
 def test_the_seed_fixes_everything(tiny, tmp_path):

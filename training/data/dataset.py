@@ -10,7 +10,7 @@ from training.data.cache import CacheError, ingest
 from training.data.groups import assign_groups, split_groups
 from training.data.simulate import write_demo
 from training.engine import export
-from training.engine.log import say
+from training.messages import say
 
 
 class Clips:

@@ -1,4 +1,4 @@
-"""What a run says: progress bar, log.jsonl, TensorBoard, and lines on the screen."""
+"""What a training records: progress bar, log.jsonl, TensorBoard."""
 
 import json
 import os
@@ -29,7 +29,8 @@ class Log:
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
         self.last = {}
 
-    def step(self, step, loss, lr, clips_per_s, result, meta_share, wait_share, chosen):
+    def step(self, step, loss, lr, batch, result, seconds, waited, chosen):
+        """Record a step of `seconds`, of which it waited so many for `batch` clips; `chosen` are their indices."""
         meta_loss = None if result.meta_loss is None else result.meta_loss.item()
         if not self.on:
             return
@@ -37,9 +38,9 @@ class Log:
             "loss": loss,
             "meta_loss": meta_loss,
             "lr": lr,
-            "images_per_s": 2 * clips_per_s,
-            "meta_share": meta_share,
-            "wait_share": wait_share,
+            "images_per_s": 2 * batch / seconds,
+            "meta_share": result.meta_seconds / seconds,
+            "wait_share": waited / seconds,
         }
         row = {"step": step, **{k: v for k, v in numbers.items() if v is not None}}
         for k, v in row.items():
@@ -48,7 +49,8 @@ class Log:
             row.update(weights=[round(w, 5) for w in result.weights.tolist()], clips=np.asarray(chosen).tolist())
             self.board.add_histogram("weights", result.weights, step)
         self.file.write(json.dumps(row) + "\n")
-        self.last.update(loss=f"{loss:.3f}", lr=f"{lr:.3g}", img_s=f"{2 * clips_per_s:.0f}", meta=f"{meta_share:.0%}")
+        self.last.update(loss=f"{loss:.3f}", lr=f"{lr:.3g}")
+        self.last.update(img_s=f"{numbers['images_per_s']:.0f}", meta=f"{numbers['meta_share']:.0%}")
         self.bar.set_postfix(self.last, refresh=False)
         self.bar.update()
 
@@ -76,12 +78,3 @@ class Log:
             self.file.close()
             self.board.close()
             self.bar.close()
-
-
-def say(message):
-    if distributed.rank() == 0:
-        print(message, flush=True)
-
-
-def one_line(error):
-    return " ".join(str(error).split())

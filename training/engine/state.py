@@ -7,7 +7,7 @@ import zipfile
 
 import torch
 
-from training.engine.log import one_line, say
+from training.messages import one_line, say
 from uscl_hub import files
 
 

@@ -15,6 +15,7 @@ import torch
 
 from training import config as configs
 from training import run
+from training.engine import train as loop
 from training.method.networks import Encoder
 
 ROOT = Path(__file__).parents[3]
@@ -66,15 +67,15 @@ def whole(tiny, tmp_path):
 
 def stop_at(step, monkeypatch, number=signal.SIGTERM):
     """This process gets a signal in the middle of the training."""
-    log_step = run.Log.step
+    log_step = loop.Log.step
 
     def log_and_stop(self, at, *args):
         log_step(self, at, *args)
         if at == step:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(run.Log, "step", log_and_stop)
-    return lambda: monkeypatch.setattr(run.Log, "step", log_step)
+    monkeypatch.setattr(loop.Log, "step", log_and_stop)
+    return lambda: monkeypatch.setattr(loop.Log, "step", log_step)
 
 
 @pytest.mark.parametrize("step, number", [(1, signal.SIGTERM), (4, signal.SIGINT), (6, signal.SIGTERM)])
@@ -95,7 +96,7 @@ def test_signal_then_resume_equals_an_uninterrupted_run(tiny, tmp_path, monkeypa
 
 
 def test_random_layers_resume_too(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "Encoder", partial(Encoder, drop_rate=0.3))
+    monkeypatch.setattr(loop, "Encoder", partial(Encoder, drop_rate=0.3))
     config = tiny(method="uscl", optim={"steps": 4})
     run.main(replace(config, out=str(tmp_path / "whole")))
     go_on = stop_at(2, monkeypatch)
@@ -103,7 +104,7 @@ def test_random_layers_resume_too(tiny, tmp_path, monkeypatch):
     go_on()
     run.main(replace(config, resume=True))
     assert rows(tmp_path / "whole") == rows(tmp_path / "run")
-    monkeypatch.setattr(run, "Encoder", Encoder)
+    monkeypatch.setattr(loop, "Encoder", Encoder)
     run.main(replace(config, out=str(tmp_path / "plain")))
     assert rows(tmp_path / "plain") != rows(tmp_path / "whole")  # there was dropout
 
@@ -111,8 +112,9 @@ def test_random_layers_resume_too(tiny, tmp_path, monkeypatch):
 CHILD = """
 import sys, time
 from training import config, run
+from training.engine import train as loop
 
-log_step = run.Log.step
+log_step = loop.Log.step
 
 def slowly(self, number, *args):
     log_step(self, number, *args)
@@ -121,7 +123,7 @@ def slowly(self, number, *args):
         open(sys.argv[2], "w").close()
         time.sleep(120 if sys.argv[3] == "SIGKILL" else 1)
 
-run.Log.step = slowly
+loop.Log.step = slowly
 run.main(config.load(config.Config, sys.argv[1]))
 """
 
@@ -240,20 +242,20 @@ def temporary(path):
 @full
 def test_a_full_disk_leaves_the_previous_checkpoint(tiny, tmp_path, monkeypatch):
     config = tiny(optim=STEPS, save_every=3)
-    save = run.save
+    save = loop.save
 
     def on_a_full_disk(state, path):
         if state.step > 3:
             temporary(path).symlink_to("/dev/full")  # every write fails as on a full disk
         save(state, path)
 
-    monkeypatch.setattr(run, "save", on_a_full_disk)
+    monkeypatch.setattr(loop, "save", on_a_full_disk)
     said = refusal(config)
     path = tmp_path / "run" / "checkpoint.pt"
     assert said.startswith(f"{path}: cannot write the checkpoint") and "the previous one, if any, is intact" in said
     assert torch.load(path, weights_only=True)["step"] == 3
     assert not temporary(path).is_symlink()
-    monkeypatch.setattr(run, "save", save)
+    monkeypatch.setattr(loop, "save", save)
     run.main(replace(config, resume=True))  # with room again
     run.main(replace(config, out=str(tmp_path / "whole")))
     assert same_training(tmp_path / "whole", tmp_path / "run")

@@ -1,0 +1,109 @@
+"""The end of a training: figures, export, check of the export, comparison with random initialisation."""
+
+import hashlib
+import json
+
+import numpy as np
+import timm
+import torch
+
+from training.engine import export, figures, probe
+from training.engine.validation import probe_backbone
+from training.messages import say
+from training.method.networks import input_size
+
+
+def finish(state, config, clips, out, device):
+    """Write out/figures, out/manifest.json and out/export, and say what the export reaches."""
+    log = figures.read_log(out / "log.jsonl")
+    checks = next(row for row in reversed(log) if "val_loss" in row)
+    draw(state, config, clips, log, out / "figures", device)
+    provenance = describe(state, config, clips, checks, write_manifest(clips, out / "manifest.json"))
+    path = export.export(state.encoder.backbone, config.model.name, config.model.size, out / "export", provenance)
+    difference = reloaded_difference(state, config, clips, path, device)
+    say(f"exported to {path}; reloaded by plain timm, largest difference of the features: {difference:g}")
+    compare(checks, untrained(config, clips, device), clips)
+    say(
+        f"use it: timm.create_model('local-dir:{path}', pretrained=True, num_classes=3), or "
+        f"uscl_hub.load_meta_uscl_backbone('{config.model.name}', checkpoint='{path}')"
+    )
+
+
+def draw(state, config, clips, log, folder, device):
+    """Loss curves and, where weights were learned, their histogram and how they fall along the longest clip."""
+    folder.mkdir(exist_ok=True)
+    figures.loss_curves(log, folder / "loss.png")
+    if state.cmw is None:
+        return
+    figures.weight_histogram(log, clips.cache.sources, folder / "weights.png")
+    frames = clips.cache.clip(clips.val[np.argmax(clips.cache.lengths[clips.val])])
+    path = folder / "similarity_and_weight.png"
+    figures.similarity_against_weight(state.encoder, state.cmw, frames, config.model.size, device, path)
+
+
+def write_manifest(clips, path):
+    """One line a clip, without names or paths. Returns the rows and the sha256 of the file."""
+    manifest = clips.manifest()
+    text = json.dumps(manifest, indent=0)
+    path.write_text(text, encoding="utf-8")
+    return manifest, hashlib.sha256(text.encode()).hexdigest()
+
+
+def describe(state, config, clips, checks, manifest):
+    """The export's provenance."""
+    rows, digest = manifest
+    sources = np.array(clips.cache.sources)
+    return {
+        "method": config.method,
+        "steps": state.step,
+        "seed": config.seed,
+        "projector_dim": config.model.dim,
+        "config": state.fixed,
+        "sources": [
+            {
+                "name": public,
+                "clips": int((sources == name).sum()),
+                "frames": int(clips.cache.lengths[sources == name].sum()),
+                "licence": config.data.licences.get(name, "simulated" if not config.data.roots else "not stated"),
+            }
+            for name, public in clips.public.items()
+        ],
+        "manifest_sha256": digest,
+        "groups": sorted({row["group"] for row in rows}),
+        "clips": sorted(row["sha256"] for row in rows),
+        "metrics": {k: checks[k] for k in ("val_loss", "knn", "effective_rank")},
+    }
+
+
+def reloaded_difference(state, config, clips, path, device):
+    """Largest difference between the features of the trained network and of the export as timm loads it."""
+    frames = clips.cache.frames[probe.sample_frames(clips.cache, clips.val, 1)[0]]
+    reloaded = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0)
+    reloaded = reloaded.to(device, memory_format=torch.channels_last)
+    ours, theirs = (
+        probe.features(model, frames, config.model.size, device) for model in (state.encoder.backbone, reloaded)
+    )
+    return np.abs(ours - theirs).max()
+
+
+def untrained(config, clips, device):
+    """The probe's figures of the same architecture at its random start."""
+    torch.manual_seed(config.seed)
+    model = timm.create_model(export.architecture(config.model.name), num_classes=0, **input_size(config.model))
+    return probe_backbone(model.to(device, memory_format=torch.channels_last), config, clips, device)
+
+
+def compare(trained, random, clips):
+    labels = len(set(clips.labels[clips.val]))
+    task = f"{labels} labels of held-out groups" if labels > 1 else f"{len(clips.val)} held-out clips told apart"
+    if random["knn"] is None:
+        say("no kNN probe: validation has single images of one label only (data.label)")
+    else:
+        say(
+            f"kNN probe ({task}), balanced accuracy: trained {trained['knn']:.3f}, "
+            f"random initialisation {random['knn']:.3f}"
+        )
+    say(
+        f"effective rank of the features: trained {trained['effective_rank']:.1f}, "
+        f"random initialisation {random['effective_rank']:.1f}"
+    )

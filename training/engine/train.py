@@ -1,0 +1,167 @@
+"""The training loop, and what it starts from."""
+
+import contextlib
+import math
+import time
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from training import distributed
+from training.config import Config, training_pairs
+from training.data import batches
+from training.data.dataset import Clips
+from training.engine.log import Log
+from training.engine.state import State, fixed, save
+from training.engine.validation import DIVERGED, validate
+from training.messages import one_line, say, signals_set
+from training.method.networks import CMWNet, Encoder, input_channels, input_size
+from training.method.step import Step, contrastive_step, meta_step
+from uscl_hub.errors import UserError
+
+
+def build(config: Config, clips: Clips, device: torch.device) -> State:
+    """Networks and optimizers at step 0. Raises UserError: the model cannot be made, or not for this size."""
+    torch.manual_seed(config.seed)
+    encoder = make_encoder(config.model).to(device, memory_format=torch.channels_last).train()
+    cmw = cmw_optimizer = None
+    if config.method == "meta_uscl":
+        cmw = CMWNet(encoder.num_features, config.meta.hidden).to(device)
+        cmw_optimizer = torch.optim.Adam(cmw.parameters(), lr=config.meta.lr)
+    return State(encoder, cmw, sgd(encoder, config.optim), cmw_optimizer, fixed(config, clips))
+
+
+def make_encoder(model):
+    try:
+        encoder = Encoder(model.name, model.dim, pretrained=model.pretrained, **input_size(model))
+    except (OSError, RuntimeError) as error:  # no such weights, or no network to fetch them
+        message = f"model: cannot make {model.name} with pretrained {model.pretrained}: {one_line(error)}"
+        raise UserError(message) from error
+    try:
+        with torch.no_grad():
+            encoder.eval()(torch.zeros(2, input_channels(encoder), model.size, model.size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        message = f"model: {model.name} does not take images of model.size = {model.size}: {one_line(error)}"
+        raise UserError(message) from error
+    return encoder
+
+
+def sgd(encoder, optim):
+    decay = [p for p in encoder.parameters() if p.ndim > 1 or optim.decay_norm_and_bias]
+    spared = [p for p in encoder.parameters() if p.ndim <= 1 and not optim.decay_norm_and_bias]
+    groups = [{"params": decay, "weight_decay": optim.weight_decay}]
+    groups += [{"params": spared, "weight_decay": 0.0}] if spared else []
+    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+
+
+class Plan(NamedTuple):
+    """Steps of the whole training, of its warm-up and of an epoch."""
+
+    total: int
+    warmup: int
+    epoch: int
+
+
+def plan(config: Config, clips: Clips) -> Plan:
+    epoch = len(clips.train) // config.optim.batch
+    total = config.optim.steps or config.optim.epochs * epoch
+    return Plan(total, min(int(config.optim.warmup_epochs * epoch), total // 10), epoch)
+
+
+def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
+    """Linear warm-up over `warmup` steps, then a half cosine to 0 at `total`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak / 2 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+class Loaded(NamedTuple):
+    """A step's clips (indices), their pairs, and the clean pairs of held-out clips where CMW-Net is updated."""
+
+    clips: np.ndarray
+    pairs: batches.Batch
+    clean: batches.Batch | None
+
+
+def loader(config: Config, clips: Clips):
+    """A function of the step that loads this rank's share of it."""
+    pairs, one_frame = training_pairs(config), replace(config.pairs, frames=1)
+    meta_batch = config.meta.batch or config.optim.batch
+    part, meta_part = distributed.share(config.optim.batch), distributed.share(meta_batch)
+
+    def load(step):
+        chosen = batches.train_clips(clips.train, step, config.optim.batch, config.seed)
+        batch = batches.make_batch(clips.cache, chosen, pairs, (config.seed, batches.TRAIN, step), part)
+        if config.method != "meta_uscl" or step % config.meta.every:
+            return Loaded(chosen, batch, None)
+        held_out = batches.meta_clips(clips.meta, step, meta_batch, config.seed)
+        key = (config.seed, batches.META, step)
+        return Loaded(chosen, batch, batches.make_batch(clips.cache, held_out, one_frame, key, meta_part))
+
+    return load
+
+
+def train(state: State, config: Config, clips: Clips, out, device: torch.device) -> bool:
+    """Run the remaining steps. Returns False when a signal ended it early (the checkpoint is written)."""
+    total, warmup, epoch = plan(config, clips)
+    log = Log(out, state.step, total)
+    upcoming = batches.prefetch(loader(config, clips), range(state.step, total))
+    with signals_set() as stopped, contextlib.closing(log), contextlib.closing(upcoming):
+        while state.step < total:
+            start = time.perf_counter()
+            loaded = next(upcoming)
+            waited = time.perf_counter() - start
+
+            # Each step has its own seed (dropout and the like): a resumed run needs no state of random numbers.
+            torch.manual_seed(config.seed * 1_000_003 + state.step)
+            lr = learning_rate(state.step, total, warmup, config.optim.lr)
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr
+
+            result = step(state, config, loaded, device)
+            state.step += 1
+            loss = result.loss.item()  # waits for the device
+            if not math.isfinite(loss):
+                raise UserError(f"step {state.step}: the loss is {loss}; {DIVERGED}")
+            seconds = time.perf_counter() - start
+            log.step(state.step, loss, lr, config.optim.batch, result, seconds, waited, loaded.clips)
+
+            last = state.step == total
+            stop = distributed.any_(stopped.is_set(), device)
+            if last or state.step % (config.eval_epochs * epoch) == 0:
+                distributed.average_buffers(state.encoder)
+                if distributed.rank() == 0:
+                    log.check(state.step, validate(state.encoder, config, clips, device))
+            if stop or last or state.step % config.save_every == 0:
+                distributed.average_buffers(state.encoder)
+                if distributed.rank() == 0:
+                    log.flush()  # first: a resumed run keeps the rows up to its checkpoint
+                    save(state, out / "checkpoint.pt")
+                distributed.barrier()
+            if stop and not last:
+                say(f"stopped by a signal at step {state.step} of {total}; go on with --resume True")
+                return False
+    return True
+
+
+def step(state: State, config: Config, loaded: Loaded, device: torch.device) -> Step:
+    """One step of the configured method."""
+    size, channels, temperature = config.model.size, input_channels(state.encoder), config.optim.temperature
+    views = loaded.pairs.views(device, size, channels)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        if loaded.clean is None:
+            return contrastive_step(state.encoder, state.optimizer, views, temperature, state.cmw)
+        return meta_step(
+            state.encoder,
+            state.cmw,
+            state.optimizer,
+            state.cmw_optimizer,
+            views,
+            loaded.clean.views(device, size, channels),
+            temperature,
+            config.meta.delayed,
+            config.meta.tangent,
+            config.meta.shuffle,
+        )
