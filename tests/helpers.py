@@ -1,8 +1,14 @@
-"""Makers of small media files, shared by the tests."""
+"""What several tests share: where things are, running commands, makers of small media files."""
+
+import os
+from pathlib import Path
 
 import numpy as np
 
 from uscl_hub.clips.media import find_clips
+
+ROOT = Path(__file__).parents[1]  # the checkout
+DATA = Path(os.environ.get("USCL_DATA", ROOT.parent / "shared" / "data"))  # real clips; may be absent
 
 
 def movie(t=6, h=48, w=64):

@@ -53,7 +53,9 @@ def test_the_commands_are_ones_and_it_is_short():
 def test_the_test_command_is_what_ci_runs():
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
     assert "pip install -e '.[test]' && pytest" in readme
-    assert "pip install -q -e '.[test]' && pytest" in ci
+    assert "pip install -q -e '.[test]'\n" in ci and ci.endswith('\npytest -m "slow or not slow"\n')
+    for check in ("ruff check", "ruff format --check", "mypy"):
+        assert f"\n{check}\n" in ci
 
 
 def test_files_and_settings_named_in_the_readme_exist():
