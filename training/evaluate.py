@@ -37,11 +37,20 @@ from training.evaluation import (
     report,  # noqa: E402
     segmentation,  # noqa: E402
 )
-from training.evaluation.backbones import find_leaks, is_random, load_backbone, refuse_leaks, split_name  # noqa: E402
+from training.evaluation.backbones import (  # noqa: E402
+    find_leaks,
+    is_imagenet,
+    is_random,
+    load_backbone,
+    refuse_leaks,
+    split_name,
+    split_px,
+)
 from training.evaluation.datasets import EvaluationError, Task  # noqa: E402
 from training.evaluation.protocols import FineTune  # noqa: E402
 from training.evaluation.segmentation import Segment  # noqa: E402
-from uscl_hub.checkpoints import CheckpointError, sha256  # noqa: E402
+from uscl_hub.checkpoints import sha256  # noqa: E402
+from uscl_hub.errors import UserError  # noqa: E402
 
 DATA = Path(os.environ.get("USCL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 SHOWN = 6  # segmentation overlays in the report
@@ -52,12 +61,13 @@ class Config:
     """Evaluate backbones on downstream ultrasound tasks."""
 
     backbones: tuple[str, ...] = ("random:resnet18",)
-    """random:NAME, timm:NAME (random too), timm:NAME:pretrained, meta_uscl_NAME[.tag], or an exported or converted
-    folder, where '{seed}' stands for each seed; 'label=' before it names it in the report. Differences are from the
-    first one."""
+    """random:NAME, timm:NAME (random too), timm:NAME:pretrained, imagenet (EfficientNet-Lite0; extra [imagenet]) or
+    imagenet:lite1, imagenet:lite2, meta_uscl_NAME[.tag], or an exported or converted folder, where '{seed}' stands for
+    each seed; 'label=' before it names it in the report, '@PX' after it gives it an input size of its own
+    (imagenet@224). Differences are from the first one."""
     tasks: tuple[str, ...] = ("pocus", "busi", "busi3", "blues")
     """pocus (3 classes, by patient), busi (benign / malignant), busi3, blues (COVID-BLUES severity), blues_point (scan
-    points of its clips: for tuning), busi_seg."""
+    points of its clips: for tuning), busi_seg, bus_uc (breast, benign / malignant), ovary (8 classes)."""
     protocols: tuple[str, ...] = ("knn", "linear")
     """knn, linear, finetune_last, finetune_full; busi_seg is trained with segment.heads instead."""
     fractions: tuple[float, ...] = (1.0,)
@@ -67,7 +77,7 @@ class Config:
     folds: int = 5
     """Folds by group."""
     data: str = str(DATA / "classification")
-    """Folder that holds pocus_lung and busi."""
+    """Folder that holds pocus_lung, busi, bus_uc and ovary."""
     blues: str = str(DATA / "pretrain" / "covid_blues")
     """COVID-BLUES, with severity.csv."""
     out: str = "runs/evaluate"
@@ -81,7 +91,8 @@ class Config:
     compare: tuple[str, ...] = ()
     """Names of the backbones from which the report shows the differences of those after them; (): the first one."""
     px: int = 0
-    """Side of the input; 0: each backbone's own, untrained ones that of the first trained one, else 64."""
+    """Side of the input; 0: each backbone's own; untrained ones, and then imagenet, that of the first trained one, else
+    64. A size after '@' comes first. busi_seg takes segment.px for all of them."""
     rate: float = 3.0
     """Frames per second taken of a video."""
     crop: str = "none"
@@ -105,7 +116,7 @@ class Config:
 
 
 def main(config: Config) -> Path:
-    """Run everything and return the output folder. Raises EvaluationError or CheckpointError."""
+    """Run everything and return the output folder. Raises UserError."""
     started = time.time()
     check(config)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
@@ -177,9 +188,18 @@ def check(config: Config):
 
 
 def input_sizes(config: Config) -> dict[str, int]:
-    trained = {s: load_backbone(s, config.seeds[0]).px for s in config.backbones if not config.px and not is_random(s)}
-    first = next(iter(trained.values()), config.px or 64)
-    return {spec: trained.get(spec, first) for spec in config.backbones}
+    """Side of every backbone's input; Config.px says by which rule."""
+    given = {spec: px for spec in config.backbones if (px := split_px(spec)[1])}
+    if config.px:
+        return {spec: given.get(spec, config.px) for spec in config.backbones}
+    rest = [spec for spec in config.backbones if spec not in given and not is_random(spec)]
+    own = {spec: load_backbone(spec, config.seeds[0]).px for spec in rest}
+    ours = [px for spec, px in own.items() if not is_imagenet(spec)]
+    first = next(iter(ours or own.values()), 64)
+    return {
+        spec: given.get(spec) or (first if is_random(spec) or is_imagenet(spec) else own[spec])
+        for spec in config.backbones
+    }
 
 
 def inspect(config: Config, px: dict[str, int], loaded) -> tuple[dict, dict]:
@@ -330,7 +350,7 @@ if __name__ == "__main__":
     settings = configs.cli(Config, __doc__)
     try:
         main(settings)
-    except (EvaluationError, CheckpointError) as error:
+    except UserError as error:
         sys.exit(f"evaluate.py: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; start it again to go on")

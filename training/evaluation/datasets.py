@@ -23,17 +23,18 @@ from sklearn.model_selection import StratifiedGroupKFold
 from uscl_hub.checkpoints import sha256
 from uscl_hub.clips.media import IMAGE, VIDEO, Clip, UnreadableClip, decode
 from uscl_hub.clips.read import read_clip
+from uscl_hub.errors import UserError
 from uscl_hub.files import write_whole
 from uscl_hub.preprocess import resize
 
 DUPLICATE = 0.94  # correlation of 32 px images; on BUSI few pairs lie between 0.93 and 0.96
 UNKNOWN_FPS = 25.0  # of a moving file that does not say
-NAMES = ("pocus", "busi", "busi3", "blues", "blues_point", "busi_seg")
+NAMES = ("pocus", "busi", "busi3", "blues", "blues_point", "busi_seg", "bus_uc", "ovary")
 VERSION = 1  # of everything that decides cached numbers: decoding, protocols, training
 
 
-class EvaluationError(Exception):
-    """Something that the user can mend: the message names it and says what to do."""
+class EvaluationError(UserError):
+    """Something in an evaluation's settings or data that the user can mend."""
 
 
 class TaskError(EvaluationError):
@@ -82,11 +83,18 @@ class Task:
 
 
 def load_task(name: str, data: Path, blues: Path) -> Task:
-    """One of NAMES. data: the folder with pocus_lung and busi; blues: the folder covid_blues. Raises TaskError."""
+    """One of NAMES. Raises TaskError.
+
+    data: the folder with pocus_lung, busi, bus_uc and ovary; blues: the folder covid_blues.
+    """
     if name not in NAMES:
         raise TaskError(f"no task {name!r}: choose from {', '.join(NAMES)}")
     if name == "pocus":
         return pocus(Path(data) / "pocus_lung")
+    if name == "bus_uc":
+        return bus_uc(Path(data) / "bus_uc")
+    if name == "ovary":
+        return ovary(Path(data) / "ovary")
     return covid_blues(Path(blues), name) if name.startswith("blues") else busi(Path(data) / "busi", name)
 
 
@@ -188,52 +196,95 @@ def busi(root: Path, name: str = "busi") -> Task:
         "busi3": ("BUSI 3 classes", ("benign", "malignant", "normal")),
         "busi_seg": ("BUSI lesion segmentation", ("benign", "malignant")),
     }[name]
-    images, paths, label_of, masks, excluded = {}, {}, {}, defaultdict(list), []
-    for label in ("benign", "malignant", "normal"):
+    return _class_folders(Task(name, title, classes, []), root, ("benign", "malignant", "normal"), name == "busi_seg")
+
+
+def bus_uc(root: Path) -> Task:
+    """BUS-UC breast images, benign and malignant, grouped by near-duplicate cluster."""
+    classes = ("benign", "malignant")
+    return _class_folders(Task("bus_uc", "BUS-UC benign / malignant", classes, []), root, classes)
+
+
+def ovary(root: Path) -> Task:
+    """Ovarian images (part of MMOTU), 8 classes, grouped by near-duplicate cluster."""
+    classes = ("chocolate_cyst", "high_grade_serous", "mucinous_cystadenoma", "normal", "serous_cystadenoma")
+    classes += ("simple_cyst", "teratoma", "theca_cell_tumour")
+    return _class_folders(Task("ovary", "Ovary 8 classes", classes, []), root, classes)
+
+
+@dataclass
+class _Images:
+    """What the folders of a data set hold, by id; masks by (label, stem of their image)."""
+
+    pixels: dict[str, np.ndarray] = field(default_factory=dict)
+    path: dict[str, Path] = field(default_factory=dict)
+    label: dict[str, str] = field(default_factory=dict)
+    masks: dict[tuple[str, str], list[Path]] = field(default_factory=lambda: defaultdict(list))
+    unreadable: list[tuple[str, str, str]] = field(default_factory=list)  # (id, label, reason)
+
+
+def _read_images(root: Path, labels: tuple[str, ...]) -> _Images:
+    found = _Images()
+    for label in labels:
         for path in _files(root / label, IMAGE):
             if match := re.fullmatch(r"(.*)_mask(_\d+)?", path.stem):
-                masks[label, match[1]].append(path)
+                found.masks[label, match[1]].append(path)
                 continue
             key = _id(path, root)
             try:
-                images[key] = decode(Clip(key, root.name, "image", (path,)))[0][0]
-                paths[key], label_of[key] = path, label
+                found.pixels[key] = decode(Clip(key, root.name, "image", (path,)))[0][0]
+                found.path[key], found.label[key] = path, label
             except UnreadableClip as error:
-                if label in classes:
-                    excluded.append((key, f"unreadable: {error.reason}"))
-    keys, labels_of_pixels = list(images), defaultdict(dict)
-    for key, image in images.items():
-        labels_of_pixels[image.shape, image.tobytes()].setdefault(label_of[key], key)
-    items, clusters = [], near_duplicates(list(images.values()))
+                found.unreadable.append((key, label, f"unreadable: {error.reason}"))
+    return found
+
+
+def _class_folders(task: Task, root: Path, labels: tuple[str, ...], with_masks: bool = False) -> Task:
+    """Fills the empty task with the images of root/LABEL, grouped by near-duplicate cluster over all `labels`.
+
+    Images of labels that are none of task.classes only count in the clusters. with_masks: an image without is excluded.
+    """
+    found = _read_images(root, labels)
+    task.excluded = [(key, reason) for key, label, reason in found.unreadable if label in task.classes]
+    keys, labels_of_pixels = list(found.pixels), defaultdict(dict)
+    for key, image in found.pixels.items():
+        labels_of_pixels[image.shape, image.tobytes()].setdefault(found.label[key], key)
+    clusters = near_duplicates(list(found.pixels.values()))
     for key, cluster in zip(keys, clusters):
-        label, image = label_of[key], images[key]
+        label, image, stem = found.label[key], found.pixels[key], found.path[key].stem
         twins = [twin for other, twin in labels_of_pixels[image.shape, image.tobytes()].items() if other != label]
-        own = masks[label, paths[key].stem]
-        if label not in classes:
+        own = found.masks[label, stem]
+        if label not in task.classes:
             continue
         if twins:
-            excluded.append((key, f"two labels on the same image: {label} here, {label_of[twins[0]]} as {twins[0]}"))
-        elif name == "busi_seg" and not own:
-            excluded.append((key, f"image without its mask: there is no {paths[key].stem}_mask beside it"))
+            other = found.label[twins[0]]
+            task.excluded.append((key, f"two labels on the same image: {label} here, {other} as {twins[0]}"))
+        elif with_masks and not own:
+            task.excluded.append((key, f"image without its mask: there is no {stem}_mask beside it"))
         else:
-            own = tuple(sorted(own)) if name == "busi_seg" else ()
-            items.append(Item(key, paths[key], "image", label, f"{root.name}/{keys[cluster]}", own))
+            own = tuple(sorted(own)) if with_masks else ()
+            task.items.append(Item(key, found.path[key], "image", label, f"{root.name}/{keys[cluster]}", own))
+    task.notes = _notes_on_images(task, found, len(set(clusters)))
+    return task
+
+
+def _notes_on_images(task: Task, found: _Images, clusters: int) -> list[str]:
     notes = [
-        f"{len(set(clusters))} near-duplicate clusters among all {len(keys)} images (correlation of the 32 px images "
+        f"{clusters} near-duplicate clusters among all {len(found.path)} images (correlation of the 32 px images "
         f"above {DUPLICATE}); a cluster stays in one fold"
     ]
     members = defaultdict(list)
-    for item in items:
+    for item in task.items:
         members[item.group].append(item)
     if mixed := [m for m in members.values() if len({item.label for item in m}) > 1]:
         named = "; ".join(" = ".join(item.path.name for item in m) for m in mixed)
         notes.append(f"near-duplicates, not identical, with different labels, kept, in one fold: {named}")
-    if several := sum(len(item.masks) > 1 for item in items):
+    if several := sum(len(item.masks) > 1 for item in task.items):
         notes.append(f"{several} images have several lesions: their masks are merged")
-    with_image = {(label_of[key], paths[key].stem) for key in keys}
-    if orphans := sorted(path.name for key, files in masks.items() if key not in with_image for path in files):
+    with_image = {(found.label[key], path.stem) for key, path in found.path.items()}
+    if orphans := sorted(path.name for key, files in found.masks.items() if key not in with_image for path in files):
         notes.append(f"masks without a readable image: {', '.join(orphans)}")
-    return Task(name, title, classes, items, excluded, notes)
+    return notes
 
 
 def near_duplicates(images: list[np.ndarray], threshold: float = DUPLICATE) -> np.ndarray:

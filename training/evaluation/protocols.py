@@ -112,9 +112,11 @@ def last_block(model: nn.Module) -> tuple[nn.Module, Callable]:
         return model.stages[-1].blocks[-1], lambda x: model.forward_head(model.norm_pre(x))
     if isinstance(getattr(model, "blocks", None), nn.Sequential) and hasattr(model, "norm"):  # vision transformers
         return model.blocks[-1], lambda x: model.forward_head(model.norm(x))
+    if hasattr(model, "blocks") and hasattr(model, "conv_head") and hasattr(model, "bn2"):  # EfficientNets: last stage
+        return model.blocks[-1], lambda x: model.forward_head(model.bn2(model.conv_head(x)))
     raise EvaluationError(
         f"the last block of a {type(model).__name__} is not known here; leave 'finetune_last' out of "
-        "--protocols (ResNets, ConvNeXt and vision transformers have it)"
+        "--protocols (ResNets, ConvNeXt, EfficientNets and vision transformers have it)"
     )
 
 

@@ -43,7 +43,7 @@ def test_every_task_finds_all(downstream):
         "busi3": ([32, 32, 32], 96),
         "busi_seg": ([32, 32], 64),
     }
-    for name in datasets.NAMES:
+    for name in expected:
         task = load(downstream, name)
         assert (np.bincount(task.labels).tolist(), len(set(task.groups))) == expected[name]
         assert task.excluded == [] and task.found == len(task.items)
@@ -239,3 +239,46 @@ def test_the_real_data_is_all_accounted_for():
         "blues_point": (282, 0, 48),
         "busi_seg": (647, 2, 505),
     }
+
+
+def save_noise(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (40, 48), np.uint8)
+    Image.fromarray(noise).save(path)
+    return noise
+
+
+OVARY = "chocolate_cyst high_grade_serous mucinous_cystadenoma normal serous_cystadenoma simple_cyst teratoma"
+OVARY += " theca_cell_tumour"
+
+
+@pytest.mark.parametrize("name, classes", [("bus_uc", "benign malignant"), ("ovary", OVARY)])
+def test_images_by_class_folder(tmp_path, name, classes):
+    classes = tuple(classes.split())
+    for label, folder in enumerate(classes):
+        for i in range(3):
+            save_noise(tmp_path / name / folder / f"{label}{i}.png", 10 * label + i)
+    first, second = (tmp_path / name / folder for folder in classes[:2])
+    save_noise(first / "00_mask.png", 100)
+    shutil.copy(second / "10.png", first / "same.png")
+    noise = save_noise(second / "near.png", 12)
+    Image.fromarray(noise // 2 + 60).save(second / "near.png")  # correlates fully with 12.png
+    (first / "broken.png").write_bytes(b"no picture")
+    task = load(tmp_path, name)
+    assert task.name == name and task.classes == classes and task.found == 3 * len(classes) + 3
+    assert "two labels on the same image" in reason(task, "same.png") and "two labels" in reason(task, "10.png")
+    assert "unreadable" in reason(task, "broken.png")
+    group = {item.path.name: item.group for item in task.items}
+    assert "00_mask.png" not in group and all(item.masks == () for item in task.items)
+    assert group["12.png"] == group["near.png"] and len(set(group.values())) == len(group) - 1
+    shutil.rmtree(second)
+    with pytest.raises(TaskError, match=f"{second.name}: no such folder"):
+        load(tmp_path, name)
+
+
+@pytest.mark.skipif(not (DATA / "classification" / "bus_uc").is_dir(), reason="needs the shared data")
+@pytest.mark.parametrize("name, counts", [("bus_uc", [358, 453]), ("ovary", [114, 15, 40, 91, 74, 18, 118, 30])])
+def test_the_real_images_by_class_folder(name, counts):
+    task = load(DATA / "classification", name)
+    assert np.bincount(task.labels).tolist() == counts and task.excluded == []
+    make_folds(task.labels, task.groups, task.classes, 5, 0)

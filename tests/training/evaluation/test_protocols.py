@@ -194,7 +194,7 @@ def test_pool_frames_is_the_mean_of_each_item():
 # -------------------------------------------------------------------------------------------------- fine-tuning
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "vit_tiny_patch16_224", "tf_efficientnet_lite0"])
 def test_before_and_after_the_last_block_is_the_whole_model(name):
     found = load_backbone(f"random:{name}", 0, 32)
     images, _ = bright_or_dark(3)
