@@ -1,5 +1,6 @@
 import csv
 import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,13 @@ import pytest
 from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a real hub
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_interrupts():
+    """A shell's background job ignores SIGINT, and so would the programs that the tests interrupt."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
