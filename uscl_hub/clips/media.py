@@ -263,7 +263,7 @@ def _video(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | 
     try:
         import av
     except ImportError as error:
-        raise ImportError("reading videos needs PyAV: pip install 'uscl-hub[train]'") from error
+        raise ImportError("reading videos needs PyAV: pip install 'uscl-hub[media]'") from error
     path = clip.files[0]
     count = 0
     try:
@@ -404,7 +404,7 @@ def _dicom(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | 
         import pydicom
         from pydicom.pixels import iter_pixels
     except ImportError as error:
-        raise ImportError("reading DICOM needs pydicom: pip install 'uscl-hub[train]'") from error
+        raise ImportError("reading DICOM needs pydicom: pip install 'uscl-hub[media]'") from error
     path = clip.files[0]
     with _quiet_pydicom():
         try:
