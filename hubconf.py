@@ -55,10 +55,18 @@ def meta_uscl_resnet50(pretrained=True, **kwargs):
     return _package().load_meta_uscl_backbone("meta_uscl_resnet50", pretrained=pretrained, **kwargs)
 
 
+def meta_uscl_efficientnet_lite0(pretrained=True, **kwargs):
+    """EfficientNet-Lite0 pretrained on ultrasound video with Meta-USCL: (B, 3, 64, 64) -> (B, 1280) features.
+
+    Arguments as for meta_uscl_resnet18.
+    """
+    return _package().load_meta_uscl_backbone("meta_uscl_efficientnet_lite0", pretrained=pretrained, **kwargs)
+
+
 def meta_uscl_backbone(name="meta_uscl_resnet18", **kwargs):
     """A Meta-USCL backbone and its preprocessing: returns (model, transform).
 
-    name (str): meta_uscl_resnet18, meta_uscl_resnet34 or meta_uscl_resnet50.
+    name (str): meta_uscl_resnet18, meta_uscl_resnet34, meta_uscl_resnet50 or meta_uscl_efficientnet_lite0.
     kwargs: as for uscl_hub.load_meta_uscl_backbone (checkpoint, pretrained, in_chans, num_classes, ...).
     The transform takes a PIL image, numpy array or tensor, grey or colour, and gives float32 (C, 64, 64).
     """

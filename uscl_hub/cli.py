@@ -2,19 +2,22 @@
 
 import argparse
 import json
+import math
+import os
 import sys
 from pathlib import Path
 
 from uscl_hub import __version__
+from uscl_hub.errors import UserError, printable
 
 
 def _list(args):
-    from uscl_hub import models
+    from uscl_hub import registry
 
     rows = [
         {
             "name": name,
-            "backbone": models.ARCHITECTURES[name.split(".")[0]],
+            "backbone": registry.plain_name(name),
             "px": e["px"],
             "data": e.get("data"),
             "licence": e["licence"],
@@ -23,7 +26,7 @@ def _list(args):
             "packaged": bool(e.get("file")),
             "hub_id": e.get("hub_id"),
         }
-        for name, e in models.releases().items()
+        for name, e in registry.releases().items()
     ]
     lines = []
     for row in rows:
@@ -39,71 +42,71 @@ def _list(args):
 
 def _info(args):
     """Facts of a release, an exported folder, a lone file or a Hub repository."""
-    from uscl_hub import checkpoints, models
+    from uscl_hub import registry, sources
 
-    released = models.releases()
-    if args.what in released:
-        known = models.provenance(args.what) or {}
+    if args.what in registry.ARCHITECTURES:
+        tags = [name for name in registry.releases() if name.partition(".")[0] == args.what]
+        return _shown({"name": args.what, "backbone": registry.plain_name(args.what), "released": tags})
+    source = sources.find(args.what, revision=args.revision)
+    if source.release:
+        known = registry.provenance(source.release) or {}
         long = ("manifest", "curves")  # in weights/NAME.json, beside this package
-        return _shown(
-            {"name": args.what, **released[args.what], "provenance": {k: known[k] for k in known if k not in long}}
-        )
-    if args.what in models.ARCHITECTURES:
-        tags = [name for name in released if name.split(".")[0] == args.what]
-        return _shown({"name": args.what, "backbone": models.ARCHITECTURES[args.what], "released": tags})
-    path = _local_or_hub(args)
-    if path.is_file():
-        header = checkpoints.read_header(path)
-        count = sum(_count(e["shape"]) for name, e in header.items() if not name.endswith("num_batches_tracked"))
-        return _shown(
-            {
-                "path": str(path),
-                "sha256": checkpoints.sha256(path),
-                "tensors": len(header),
-                "values": count,
-                "dtypes": sorted({e["dtype"] for e in header.values()}),
-            }
-        )
+        facts = {"name": source.release, **registry.releases()[source.release]}
+        return _shown({**facts, "provenance": {k: known[k] for k in known if k not in long}})
+    return _shown(_facts_of_file(source.file) if source.file else _facts_of_folder(source.folder))
+
+
+def _facts_of_file(path) -> dict:
+    from uscl_hub import files, tensors
+
+    header = tensors.read_header(path)
+    return {
+        "path": str(path),
+        "sha256": files.sha256(path),
+        "tensors": len(header),
+        "values": sum(math.prod(e["shape"]) for name, e in header.items() if not name.endswith("num_batches_tracked")),
+        "dtypes": sorted({e["dtype"] for e in header.values()}),
+    }
+
+
+def _facts_of_folder(path) -> dict:
+    from uscl_hub import checkpoints, files, tensors
+
     cfg, architecture, _, config = checkpoints.read_config(path)
     weights = path / checkpoints.WEIGHTS_NAME
-    header = checkpoints.read_header(weights)
-    return _shown(
-        {
-            "path": str(path),
-            "backbone": architecture,
-            "input_size": list(cfg["input_size"]),
-            "num_classes": cfg.get("num_classes"),
-            "mean": list(cfg["mean"]),
-            "std": list(cfg["std"]),
-            "licence": cfg.get("license"),
-            "sha256": checkpoints.sha256(weights),
-            "tensors": len(header),
-            "provenance": config.get("uscl_hub"),
-        }
-    )
+    header = tensors.read_header(weights)
+    return {
+        "path": str(path),
+        "backbone": architecture,
+        "input_size": list(cfg["input_size"]),
+        "num_classes": cfg.get("num_classes"),
+        "mean": list(cfg["mean"]),
+        "std": list(cfg["std"]),
+        "licence": cfg.get("license"),
+        "sha256": files.sha256(weights),
+        "tensors": len(header),
+        "provenance": config.get("uscl_hub"),
+    }
 
 
 def _verify(args):
-    from uscl_hub import checkpoints, models
+    from uscl_hub import checkpoints, sources
+    from uscl_hub.load import load_meta_uscl_backbone
 
-    released = models.releases()
-    if args.what in released:
-        import timm
-
-        timm.create_model(args.what, pretrained=True)
-        return {"ok": True, "name": args.what, "warnings": []}, [f"{args.what}: OK"]
-    path, warnings, checked = _local_or_hub(args), [], "schema, keys, shapes, values"
-    if path.is_file():
-        from uscl_hub.load import load_meta_uscl_backbone
-
-        load_meta_uscl_backbone(args.name, checkpoint=path)
+    name, what = sources.split(args.what, args.name)
+    source = sources.find(what, name, args.revision) if what else sources.Source(release=name)
+    if source.release:
+        load_meta_uscl_backbone(source.release)
+        return {"ok": True, "name": source.release, "warnings": []}, [f"{source.release}: OK"]
+    path, warnings, checked = source.folder or source.file, [], "schema, keys, shapes, values"
+    if not source.folder:
+        load_meta_uscl_backbone(name, checkpoint=path)
         warnings.append("a lone file has no config.json: its provenance and input size are unknown")
     else:
-        provenance = checkpoints.check_folder(path).get("uscl_hub")
-        provenance = provenance if isinstance(provenance, dict) else {}
-        if not provenance.get("method"):
+        about = checkpoints.check_folder(path).get("uscl_hub") or {}
+        if not about.get("method"):
             warnings.append("config.json has no 'uscl_hub' table with a method: where the weights are from is unknown")
-        if provenance.get("sha256"):
+        if about.get("sha256"):
             checked += ", hash"
         else:
             warnings.append("config.json has no SHA-256 of the weights: changed values would not be noticed")
@@ -177,20 +180,6 @@ def _export(args):
     ]
 
 
-def _local_or_hub(args) -> Path:
-    from uscl_hub import hub
-    from uscl_hub.checkpoints import CheckpointError
-
-    path = Path(args.what).expanduser()
-    if path.exists():
-        return path
-    if hub.is_repo_id(args.what):
-        return hub.fetch_folder(args.what, args.revision)
-    raise CheckpointError(
-        f"{args.what}: neither a released name, nor an existing file or folder, nor a Hub id org/name"
-    )
-
-
 def _shown(facts: dict):
     lines = []
     for key, value in facts.items():
@@ -205,13 +194,6 @@ def _plain(value) -> str:
     if isinstance(value, list) and len(value) > 8:  # the hashes of what it was trained on: --json has them
         return f"{len(value)} entries"
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _count(shape) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total
 
 
 def _positive(text: str) -> int:
@@ -289,26 +271,33 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv=None) -> int:
-    args = parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may hold what a terminal cannot show
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read this has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(argv) -> int:
+    """The one place where errors become a line and a status."""
+    args = parser().parse_args(argv)
     try:
         result, lines = args.function(args)
     except KeyboardInterrupt:
         print("uscl-hub: interrupted; what was finished is kept", file=sys.stderr)
         return 1
-    except Exception as error:
-        from uscl_hub.checkpoints import CheckpointError
-
-        if not isinstance(error, (CheckpointError, OSError, ValueError, ImportError)):
-            raise  # a fault of ours: the traceback is the message
-        print(
-            json.dumps({"error": str(error)}) if args.json else f"uscl-hub: {error}",
-            file=sys.stdout if args.json else sys.stderr,
-        )
+    except (UserError, OSError, ValueError, ImportError) as error:  # anything else is a fault of ours: a traceback
+        if args.json:
+            print(json.dumps({"error": str(error)}))
+        else:
+            print(f"uscl-hub: {printable(str(error))}", file=sys.stderr)
         return 1
-    print(json.dumps(result) if args.json else "\n".join(lines))
+    print(json.dumps(result) if args.json else "\n".join(map(printable, lines)))
     return 0
 
 

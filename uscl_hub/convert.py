@@ -14,8 +14,9 @@ from pathlib import Path
 import timm
 import torch
 
-from uscl_hub import __version__, checkpoints, models
-from uscl_hub.checkpoints import CheckpointError
+from uscl_hub import __version__, checkpoints, registry, tensors
+from uscl_hub.errors import CheckpointError
+from uscl_hub.files import NotAFile, check_regular, sha256
 
 STAGES = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 HEAD = re.compile(r"(l1|l2|linear|fc)\.(weight|bias)")
@@ -25,9 +26,12 @@ NORMALISATION = {"meta_uscl": (0.18, 0.24), "uscl": (0.5, 0.25)}  # mean, std of
 def read_pth(path) -> dict[str, torch.Tensor]:
     """The state dict in a .pth file, read with weights_only=True. Raises CheckpointError."""
     try:
+        check_regular(path)
         content = torch.load(_verified(path), map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
+    except NotAFile as error:
+        raise CheckpointError(str(error)) from None
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file. Check the path") from None
     except pickle.UnpicklingError as error:
@@ -37,7 +41,7 @@ def read_pth(path) -> dict[str, torch.Tensor]:
             "save only its tensors with torch.save({'state_dict': {name: tensor, ...}}, NEW), and convert NEW "
             f"({_first_line(error)})"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle can make the unpickler raise anything
         raise CheckpointError(
             f"{path}: cannot be read as a .pth file ({_first_line(error)}). Download it again"
         ) from error
@@ -50,28 +54,44 @@ def read_pth(path) -> dict[str, torch.Tensor]:
         raise CheckpointError(
             f"{path}: has neither a 'state_dict' of tensors nor is one. It is not one of the authors' checkpoints"
         )
+    if odd := [key for key, value in state.items() if not tensors.is_plain(value)]:
+        raise CheckpointError(
+            f"{path}: {tensors.some(odd)} sparse, quantised, complex or without values. Save plain tensors"
+        )
     return state
 
 
 def _verified(path):
     """What torch.load may be given: it looks at no checksum, so of a zip archive a copy made of what passed them."""
-    if not zipfile.is_zipfile(path):
-        return path  # PyTorch's format before 1.6
+    if not zipfile.is_zipfile(path):  # PyTorch's format before 1.6
+        _refuse_allocation(Path(path).read_bytes(), path)
+        return path
     copy = io.BytesIO()
     try:
         with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as verified:
             if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
                 raise zipfile.BadZipFile("it claims to hold more than its size")
             for entry in archive.infolist():
-                verified.writestr(entry.filename, archive.read(entry))
+                content = archive.read(entry)
+                if entry.filename.endswith(".pkl"):
+                    _refuse_allocation(content, path)
+                verified.writestr(entry.filename, content)
+    except CheckpointError:
+        raise
     except Exception as error:  # zipfile raises many kinds on damaged archives
         raise CheckpointError(f"{path}: is damaged ({_first_line(error)}). Download it again") from error
     copy.seek(0)
     return copy
 
 
+def _refuse_allocation(pickled: bytes, path) -> None:
+    """Of what weights_only=True lets a pickle call, bytearray(N) takes any amount of memory; no tensor needs it."""
+    if b"bytearray" in pickled:
+        raise CheckpointError(f"{path}: asks for a bytearray, which tensors do not need. Save its tensors only")
+
+
 def _first_line(error) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def rename(state: dict[str, torch.Tensor], where) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -89,7 +109,7 @@ def rename(state: dict[str, torch.Tensor], where) -> tuple[dict[str, torch.Tenso
             unknown.append(key)
     if unknown:
         raise CheckpointError(
-            f"{where}: unknown keys {', '.join(unknown)}. It is not one of the authors' ResNet "
+            f"{where}: unknown keys {tensors.some(unknown)}. It is not one of the authors' ResNet "
             "checkpoints; nothing was converted"
         )
     return renamed, dropped
@@ -103,28 +123,18 @@ def convert(source, out, *, normalisation: str | None = None, px: int = 224) -> 
     Raises CheckpointError if a key is unknown or missing, FileExistsError if out exists and is not empty.
     """
     state, dropped = rename(read_pth(source), source)
-    names = {}
-    for architecture in models.ARCHITECTURES.values():
-        with torch.device("meta"):
-            names[architecture] = timm.create_model(architecture, num_classes=0)
-
-    def distance(a):
-        expected = names[a].state_dict()
-        shared = [k for k in state if k in expected]
-        return len(set(expected) ^ set(state)) + sum(state[k].shape != expected[k].shape for k in shared)
-
-    architecture = min(names, key=distance)
-    expected = names[architecture].state_dict()
+    model = _closest(state)
+    architecture = model.pretrained_cfg["architecture"]
+    expected = model.state_dict()
     missing, extra = [k for k in expected if k not in state], [k for k in state if k not in expected]
     if missing or extra:
+        parts = [f"lacks {tensors.some(missing)}"] * bool(missing)
+        parts += [f"has unknown {tensors.some(extra)}"] * bool(extra)
         raise CheckpointError(
-            f"{source}: closest to a {architecture}, but "
-            + " and ".join(
-                [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(extra)}"] * bool(extra)
-            )
-            + " (in our names). Nothing was converted"
+            f"{source}: closest to a {architecture}, but {' and '.join(parts)} (in our names). Nothing was converted"
         )
-    checkpoints.check_for_model(state, names[architecture], where=source)
+    tensors.check_shapes({name: tuple(value.shape) for name, value in state.items()}, model, source)
+    state = tensors.check_values(state, model, where=source)
     if normalisation is None:
         normalisation = "uscl" if any(k.startswith(("linear.", "fc.")) for k in dropped) else "meta_uscl"
     mean, std = NORMALISATION[normalisation]
@@ -132,7 +142,7 @@ def convert(source, out, *, normalisation: str | None = None, px: int = 224) -> 
         "meta_uscl": "https://github.com/Schuture/Meta-USCL",
         "uscl": "https://github.com/983632847/USCL",
     }
-    cfg = models.make_cfg(px, mean, std, origin_url=origin[normalisation], license="other")
+    cfg = registry.make_cfg(px, mean, std, architecture=architecture, origin_url=origin[normalisation], license="other")
     if normalisation == "uscl":
         cfg.update(
             paper_name="USCL: Pretraining Deep Ultrasound Image Diagnosis Model through Video Contrastive "
@@ -142,12 +152,12 @@ def convert(source, out, *, normalisation: str | None = None, px: int = 224) -> 
     config = {
         "architecture": architecture,
         "num_classes": 0,
-        "num_features": names[architecture].num_features,
+        "num_features": model.num_features,
         "pretrained_cfg": cfg,
         "uscl_hub": {
             "method": normalisation,
             "converted_from": Path(source).name,
-            "converted_sha256": checkpoints.sha256(source),
+            "converted_sha256": sha256(source),
             "dropped": dropped,
             "version": __version__,
         },
@@ -156,7 +166,22 @@ def convert(source, out, *, normalisation: str | None = None, px: int = 224) -> 
     return config
 
 
+def _closest(state: dict[str, torch.Tensor]):
+    """The ResNet, on the meta device, whose names and shapes differ least from the state dict's."""
+    with torch.device("meta"):
+        plain = [ours.timm for ours in registry.ARCHITECTURES.values() if ours.timm.startswith("resnet")]
+        networks = [timm.create_model(name, num_classes=0) for name in plain]
+
+    def distance(model):
+        expected = model.state_dict()
+        shared = [k for k in state if k in expected]
+        return len(set(expected) ^ set(state)) + sum(state[k].shape != expected[k].shape for k in shared)
+
+    return min(networks, key=distance)
+
+
 def _card(architecture: str, method: str, name: str) -> str:
+    name = re.sub(r"[^\w. -]", "_", name)  # a file may be called anything, and this is Markdown
     return f"""---
 library_name: timm
 tags: [image-feature-extraction, timm, ultrasound]

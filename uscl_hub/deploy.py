@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from uscl_hub import models
-from uscl_hub.checkpoints import CheckpointError
+from uscl_hub import sources
+from uscl_hub.errors import CheckpointError
 from uscl_hub.files import write_whole
 from uscl_hub.load import load_meta_uscl_backbone
 from uscl_hub.preprocess import create_transform
@@ -23,10 +23,8 @@ def export(what: str, output, *, format: str, name: str = "meta_uscl_resnet18", 
     is too large.
     """
     output = Path(output)
-    architecture = what.split(".")[0]
-    if architecture in models.ARCHITECTURES:
-        name, what = architecture, (None if what == architecture else what)
-    model = load_meta_uscl_backbone(name, checkpoint=what, revision=revision)
+    name, checkpoint = sources.split(what, name)
+    model = load_meta_uscl_backbone(name, checkpoint=checkpoint, revision=revision)
     batch, source = _batch(create_transform(model), frames)
     dynamic = {"x": {0: torch.export.Dim("batch", min=1, max=65536)}}
     difference = 0.0

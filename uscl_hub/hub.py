@@ -4,14 +4,9 @@ and tokens apply."""
 import re
 from pathlib import Path
 
-from uscl_hub.checkpoints import (
-    CARD_NAME,
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    CheckpointError,
-    check_folder,
-    check_sha256,
-)
+from uscl_hub.checkpoints import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, check_folder
+from uscl_hub.errors import CheckpointError
+from uscl_hub.tensors import check_sha256
 
 
 def is_repo_id(text: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 
-from uscl_hub import checkpoints, models
+from uscl_hub import checkpoints, models, registry
 from uscl_hub.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -47,13 +47,13 @@ def test_list(capsys, monkeypatch):
         "metrics": {"knn": 0.7},
         "hub_id": "org/name",
     }
-    monkeypatch.setattr(models, "releases", lambda: {})
+    monkeypatch.setattr(registry, "releases", lambda: {})
     assert run(capsys, "list")[:2] == (
         0,
         "No checkpoint has been released yet. Train one with training/run.py, or load any exported folder or Hub id.\n",
     )
     assert json.loads(run(capsys, "list", "--json")[1]) == []
-    monkeypatch.setattr(models, "releases", lambda: {"meta_uscl_resnet18.v1": entry})
+    monkeypatch.setattr(registry, "releases", lambda: {"meta_uscl_resnet18.v1": entry})
     code, out, _ = run(capsys, "list")
     for word in ("meta_uscl_resnet18.v1", "resnet18", "96", "muscle", "cc-by-4.0", "0.7", "ab" * 32):
         assert word in out
@@ -103,7 +103,7 @@ def test_failures_are_one_plain_line(capsys, tmp_path):
 
 
 def test_ctrl_c_is_no_traceback(capsys, monkeypatch):
-    monkeypatch.setattr(models, "releases", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(registry, "releases", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run(capsys, "list") == (1, "", "uscl-hub: interrupted; what was finished is kept\n")
 
 

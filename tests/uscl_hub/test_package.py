@@ -19,7 +19,8 @@ import uscl_hub
 from uscl_hub import checkpoints, models
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["meta_uscl_resnet18", "meta_uscl_resnet34", "meta_uscl_resnet50"]
+NAMES = ["meta_uscl_efficientnet_lite0", "meta_uscl_resnet18", "meta_uscl_resnet34", "meta_uscl_resnet50"]
+NAME = "meta_uscl_resnet18"
 
 
 def python(code, cwd, path=ROOT, **env):
@@ -78,7 +79,7 @@ def test_same_network_as_timms(name):
 
 def test_registered_with_a_real_cfg():
     assert timm.list_models("meta_uscl*") == NAMES
-    model = timm.create_model(NAMES[0])
+    model = timm.create_model(NAME)
     cfg = model.pretrained_cfg
     assert cfg["mean"] == (0.18,) * 3 and cfg["std"] == (0.24,) * 3 and cfg["crop_mode"] == "squash"
     assert {"license", "origin_url", "first_conv", "classifier", "interpolation", "input_size"} <= cfg.keys()
@@ -88,11 +89,11 @@ def test_registered_with_a_real_cfg():
 
 def test_heads_channels_and_feature_maps():
     x = torch.randn(2, 3, 64, 64)
-    assert timm.create_model(NAMES[0])(x).shape == (2, 512)
-    assert timm.create_model(NAMES[0], num_classes=4)(x).shape == (2, 4)
-    assert timm.create_model(NAMES[0], num_classes=0, global_pool="")(x).shape == (2, 512, 2, 2)
-    assert timm.create_model(NAMES[0], in_chans=1)(x[:, :1]).shape == (2, 512)
-    assert [f.shape[1] for f in timm.create_model(NAMES[0], features_only=True)(x)] == [64, 64, 128, 256, 512]
+    assert timm.create_model(NAME)(x).shape == (2, 512)
+    assert timm.create_model(NAME, num_classes=4)(x).shape == (2, 4)
+    assert timm.create_model(NAME, num_classes=0, global_pool="")(x).shape == (2, 512, 2, 2)
+    assert timm.create_model(NAME, in_chans=1)(x[:, :1]).shape == (2, 512)
+    assert [f.shape[1] for f in timm.create_model(NAME, features_only=True)(x)] == [64, 64, 128, 256, 512]
 
 
 def test_no_release_is_an_error_not_random_weights(tmp_path):

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ENTRYPOINTS = ["meta_uscl_backbone", "meta_uscl_resnet18", "meta_uscl_resnet34", "meta_uscl_resnet50"]
+ENTRYPOINTS = [
+    *("meta_uscl_backbone", "meta_uscl_efficientnet_lite0"),
+    *("meta_uscl_resnet18", "meta_uscl_resnet34", "meta_uscl_resnet50"),
+]
 
 
 @pytest.fixture(scope="module")
