@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from training import config as configs  # noqa: E402
 from training.engine.figures import read_log  # noqa: E402
 from training.evaluation.report import NAMES  # noqa: E402
-from uscl_hub import models  # noqa: E402
+from uscl_hub import registry  # noqa: E402
 from uscl_hub.checkpoints import (  # noqa: E402
     WEIGHTS_NAME,
     CheckpointError,
@@ -53,7 +53,7 @@ class Release:
     """results.json files of training/evaluate.py with this tag among the backbones; the registry gets its figures."""
 
 
-def main(settings: Release, weights: Path = models.WEIGHTS) -> str:
+def main(settings: Release, weights: Path = registry.WEIGHTS) -> str:
     """Write the release into `weights` and return its name. Raises CheckpointError, naming what is missing or wrong."""
     for name in ("run", "tag", "licence", "data"):
         if not getattr(settings, name):
@@ -64,10 +64,11 @@ def main(settings: Release, weights: Path = models.WEIGHTS) -> str:
         raise CheckpointError(f"--dtype: one of {', '.join(DTYPES)}, not {settings.dtype!r}")
     run = Path(settings.run)
     config = check_folder(run / "export")
-    ours = {plain: name for name, plain in models.ARCHITECTURES.items()}
-    if config["architecture"] not in ours:
-        raise CheckpointError(f"{run}: {config['architecture']} is none of {', '.join(ours)}")
-    name = f"{ours[config['architecture']]}.{settings.tag}"
+    architecture = registry.our_name(config["architecture"])
+    if architecture not in registry.ARCHITECTURES:
+        ours = ", ".join(known.timm for known in registry.ARCHITECTURES.values())
+        raise CheckpointError(f"{run}: {config['architecture']} is none of {ours}")
+    name = f"{architecture}.{settings.tag}"
     provenance = complete_provenance(run, config["uscl_hub"])
 
     state = load_tensors(run / "export" / WEIGHTS_NAME)
@@ -82,7 +83,7 @@ def main(settings: Release, weights: Path = models.WEIGHTS) -> str:
         raise CheckpointError(f"{name}: {size / 1e6:.1f} MB are too much for the wheel ({MAX_BYTES / 1e6:.0f} MB)")
     write_whole(weights / f"{name}.json", lambda path: path.write_text(json.dumps(provenance, indent=0) + "\n"))
 
-    registry = json.loads((weights / "registry.json").read_text(encoding="utf-8"))
+    entries = json.loads((weights / "registry.json").read_text(encoding="utf-8"))
     entry = {
         "file": file.name,
         "sha256": sha256(file),
@@ -93,8 +94,8 @@ def main(settings: Release, weights: Path = models.WEIGHTS) -> str:
         "hub_id": None,
     }
     first = {name: entry} if settings.default else {}
-    registry = {**first, **registry, name: entry}
-    write_whole(weights / "registry.json", lambda path: path.write_text(json.dumps(registry, indent=2) + "\n"))
+    entries = {**first, **entries, name: entry}
+    write_whole(weights / "registry.json", lambda path: path.write_text(json.dumps(entries, indent=2) + "\n"))
     return name
 
 

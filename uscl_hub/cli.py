@@ -98,20 +98,21 @@ def _verify(args):
     if source.release:
         load_meta_uscl_backbone(source.release)
         return {"ok": True, "name": source.release, "warnings": []}, [f"{source.release}: OK"]
-    path, warnings, checked = source.folder or source.file, [], "schema, keys, shapes, values"
-    if not source.folder:
-        load_meta_uscl_backbone(name, checkpoint=path)
-        warnings.append("a lone file has no config.json: its provenance and input size are unknown")
-    else:
-        about = checkpoints.check_folder(path).get("uscl_hub") or {}
+    checked, warnings = "schema, keys, shapes, values", []
+    if source.folder:
+        about = checkpoints.check_folder(source.folder).get("uscl_hub") or {}
         if not about.get("method"):
             warnings.append("config.json has no 'uscl_hub' table with a method: where the weights are from is unknown")
         if about.get("sha256"):
             checked += ", hash"
         else:
             warnings.append("config.json has no SHA-256 of the weights: changed values would not be noticed")
-        if not (path / checkpoints.CARD_NAME).is_file():
+        if not (source.folder / checkpoints.CARD_NAME).is_file():
             warnings.append("there is no README.md (model card)")
+    else:
+        load_meta_uscl_backbone(name, checkpoint=source.file)
+        warnings.append("a lone file has no config.json: its provenance and input size are unknown")
+    path = source.folder or source.file
     lines = [f"{path}: warning: {w}" for w in warnings] + [f"{path}: OK ({checked})"]
     return {"ok": True, "path": str(path), "warnings": warnings}, lines
 

@@ -67,25 +67,29 @@ def _resolve(name: str, source: sources.Source) -> tuple[str, dict | None]:
             right = source.release.partition(".")[0]
             raise CheckpointError(f"{source.release}: is not a checkpoint of {architecture}: pass name={right!r}")
         return source.release, None
-    if not source.folder:
-        if architecture not in registry.ARCHITECTURES:
-            raise CheckpointError(
-                f"{source.file}: a lone file is loaded into our models only; for {name} pass the exported folder"
-            )
-        return architecture, _lone_cfg(source.file, architecture)
-    cfg, found, _, config = checkpoints.read_config(source.folder)
+    if source.folder:
+        return architecture, _folder_cfg(source.folder, name)
+    if architecture not in registry.ARCHITECTURES:
+        raise CheckpointError(
+            f"{source.file}: a lone file is loaded into our models only; for {name} pass the exported folder"
+        )
+    return architecture, _lone_cfg(source.file, architecture)
+
+
+def _folder_cfg(folder: Path, name: str) -> dict:
+    cfg, found, _, config = checkpoints.read_config(folder)
     wanted = registry.plain_name(name)
     if registry.plain_name(found) != wanted:
         right = registry.our_name(registry.plain_name(found))
-        raise CheckpointError(f"{source.folder}: holds a {found}, not a {wanted}: pass name={right!r}")
-    if architecture in registry.ARCHITECTURES:  # ours are checked on their way through timm
-        checkpoints.check_provenance(source.folder, config)
+        raise CheckpointError(f"{folder}: holds a {found}, not a {wanted}: pass name={right!r}")
+    if name.partition(".")[0] in registry.ARCHITECTURES:  # ours are checked on their way through timm
+        checkpoints.check_provenance(folder, config)
     else:
-        checkpoints.check_folder(source.folder)
-    return architecture, cfg
+        checkpoints.check_folder(folder)
+    return cfg
 
 
-def _lone_cfg(path: Path, architecture: str) -> dict:
+def _lone_cfg(path, architecture: str) -> dict:
     ours, shapes = registry.ARCHITECTURES[architecture], tensors.read_shapes(path)
     cfg = registry.make_cfg(ours.px, ours.mean, ours.std, architecture=ours.timm)
     head, stem = shapes.get(f"{cfg['classifier']}.weight"), shapes.get(f"{cfg['first_conv']}.weight")

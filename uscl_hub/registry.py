@@ -109,7 +109,8 @@ def pretrained_cfgs() -> dict[str, dict]:
 
 
 def _release_cfg(name: str, entry: dict) -> dict:
-    ours, source = ARCHITECTURES[name.partition(".")[0]], {}
+    ours = ARCHITECTURES[name.partition(".")[0]]
+    source: dict = {}
     if entry.get("file"):
         source["file"] = str(WEIGHTS / entry["file"])
     if entry.get("hub_id"):

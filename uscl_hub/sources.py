@@ -116,7 +116,7 @@ def locate(name: str, cfg, cache_dir=None) -> Path:
     elif cfg.hf_hub_id:
         repo, _, revision = cfg.hf_hub_id.partition("@")
         path = hub.fetch(repo, cfg.hf_hub_filename or WEIGHTS_NAME, revision or None, cache_dir)
-        released = entry is not None and cfg.hf_hub_id == entry.get("hub_id")
+        released = cfg.hf_hub_id == (entry or {}).get("hub_id")
     elif cfg.url:
         raise CheckpointError(
             f"{cfg.url}: weights are not loaded from a URL. Download the .safetensors file and "
@@ -124,7 +124,7 @@ def locate(name: str, cfg, cache_dir=None) -> Path:
         )
     else:
         raise CheckpointError(_unreleased(name))
-    if released:
+    if entry and released:
         check_sha256(path, entry["sha256"])
     return path
 

@@ -12,7 +12,7 @@ from training import release, run
 from training.evaluation.backbones import find_leaks, load_backbone
 from training.evaluation.datasets import Item, Task
 from training.release import Release
-from uscl_hub import checkpoints, models
+from uscl_hub import checkpoints, registry
 from uscl_hub.checkpoints import CheckpointError
 
 
@@ -22,8 +22,8 @@ def weights(tmp_path, monkeypatch):
     folder = tmp_path / "weights"
     folder.mkdir()
     (folder / "registry.json").write_text("{}\n")
-    monkeypatch.setattr(models, "WEIGHTS", folder)
-    monkeypatch.setattr(models, "ARCHITECTURES", {"meta_uscl_tiny": "test_resnet"})
+    monkeypatch.setattr(registry, "WEIGHTS", folder)
+    monkeypatch.setattr(registry, "ARCHITECTURES", {"meta_uscl_tiny": registry.Architecture("test_resnet")})
     return folder
 
 
@@ -51,15 +51,15 @@ def test_weights_provenance_and_registry(settings, trained, weights):
     assert before.keys() == after.keys()
     for key, value in before.items():
         assert torch.equal(after[key], value.half() if value.is_floating_point() else value)
-    known = models.provenance("meta_uscl_tiny.v1")
+    known = registry.provenance("meta_uscl_tiny.v1")
     assert known["method"] == "meta_uscl" and known["seed"] == 0 and len(known["manifest"]) == 20
     assert {clip["licence"] for clip in known["manifest"]} == {"CC0"} and known["config"]["optim.steps"] == 4
     assert known["curves"]["training"][0]["step"] == 1 and known["curves"]["validation"][-1]["step"] == 4
-    assert models.provenance("meta_uscl_tiny.v2") is None
+    assert registry.provenance("meta_uscl_tiny.v2") is None
 
     release.main(replace(settings, tag="v2", dtype="fp32"), weights)
     release.main(replace(settings, tag="v3", default=True), weights)
-    assert [name.split(".")[1] for name in models.releases()] == ["v3", "v1", "v2"]
+    assert [name.split(".")[1] for name in registry.releases()] == ["v3", "v1", "v2"]
     full = checkpoints.load_tensors(weights / "meta_uscl_tiny.v2.safetensors")
     assert all(torch.equal(full[key], value) for key, value in before.items())
 
@@ -84,7 +84,7 @@ def test_figures_of_an_evaluation(settings, weights, tmp_path):
     results.write_text(json.dumps(content))
     release.main(replace(settings, results=(str(results),)), weights)
     expected = {"busi macro-F1, linear probe": 0.6123, "busi_seg Dice, U-Net": 0.5}
-    assert models.releases()["meta_uscl_tiny.v1"]["metrics"] == expected
+    assert registry.releases()["meta_uscl_tiny.v1"]["metrics"] == expected
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_what_cannot_be_released(settings, trained, weights, tiny, tmp_path, mon
         patch.setattr(release, "MAX_BYTES", 1000)
         release.main(settings, weights)
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="test_resnet is none of a"):
-        patch.setattr(models, "ARCHITECTURES", {"meta_uscl_a": "a"})
+        patch.setattr(registry, "ARCHITECTURES", {"meta_uscl_a": registry.Architecture("a")})
         release.main(settings, weights)
     with open(f"{trained}/manifest.json", "a") as file:
         file.write(" ")
@@ -120,7 +120,7 @@ def test_what_cannot_be_released(settings, trained, weights, tiny, tmp_path, mon
     assert [path.name for path in weights.iterdir()] == ["registry.json"]
 
 
-@pytest.mark.parametrize("name", models.releases())
+@pytest.mark.parametrize("name", registry.releases())
 def test_a_released_tag_is_refused_on_its_patients(name, tmp_path):
     """Found by the hash of the clip alone, or of its group."""
     backbone = load_backbone(name)
@@ -136,6 +136,6 @@ def test_a_released_tag_is_refused_on_its_patients(name, tmp_path):
 
 
 def test_the_default_tag_has_its_provenance_too():
-    name = next(iter(models.releases()))
-    assert load_backbone(name.split(".")[0]).provenance == models.provenance(name)
-    assert timm.get_pretrained_cfg(name).license == models.releases()[name]["licence"]
+    name = next(iter(registry.releases()))
+    assert load_backbone(name.split(".")[0]).provenance == registry.provenance(name)
+    assert timm.get_pretrained_cfg(name).license == registry.releases()[name]["licence"]
