@@ -3,7 +3,7 @@
 from . import models as _models  # noqa: F401  (registers with timm)
 
 __version__ = "0.1.0"
-__all__ = ["create_transform", "load_meta_uscl_backbone"]
+__all__ = ["UltrasoundDataset", "create_transform", "load_meta_uscl_backbone"]
 
 
 def __getattr__(name):  # PEP 562: what only some users need is imported when they use it
@@ -11,6 +11,8 @@ def __getattr__(name):  # PEP 562: what only some users need is imported when th
         from uscl_hub.preprocess import create_transform as value
     elif name == "load_meta_uscl_backbone":
         from uscl_hub.load import load_meta_uscl_backbone as value
+    elif name == "UltrasoundDataset":
+        from uscl_hub.dataset import UltrasoundDataset as value
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return value

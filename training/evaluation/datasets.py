@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Callable
 
 import numpy as np
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 
 from uscl_hub.checkpoints import sha256
@@ -25,9 +23,8 @@ from uscl_hub.clips.media import IMAGE, VIDEO, Clip, UnreadableClip, decode
 from uscl_hub.clips.read import read_clip
 from uscl_hub.errors import UserError
 from uscl_hub.files import write_whole
-from uscl_hub.preprocess import resize
+from uscl_hub.labels.groups import DUPLICATE, near_duplicates
 
-DUPLICATE = 0.94  # correlation of 32 px images; on BUSI few pairs lie between 0.93 and 0.96
 UNKNOWN_FPS = 25.0  # of a moving file that does not say
 NAMES = ("pocus", "busi", "busi3", "blues", "blues_point", "busi_seg", "bus_uc", "ovary")
 VERSION = 1  # of everything that decides cached numbers: decoding, protocols, training
@@ -285,23 +282,6 @@ def _notes_on_images(task: Task, found: _Images, clusters: int) -> list[str]:
     if orphans := sorted(path.name for key, files in found.masks.items() if key not in with_image for path in files):
         notes.append(f"masks without a readable image: {', '.join(orphans)}")
     return notes
-
-
-def near_duplicates(images: list[np.ndarray], threshold: float = DUPLICATE) -> np.ndarray:
-    """Cluster of every image, int (N,): the index of the cluster's first image.
-
-    images: uint8 (H, W), any sizes. Two images whose 32 px versions correlate (Pearson) above the threshold are
-    linked; clusters are the connected components, so the result does not depend on the order of the pairs.
-    """
-    if not images:
-        return np.zeros(0, int)
-    small = np.stack([resize(image, 32).ravel() for image in images]).astype(np.float64)
-    small -= small.mean(axis=1, keepdims=True)
-    norm = np.linalg.norm(small, axis=1, keepdims=True)
-    small = np.divide(small, norm, out=np.zeros_like(small), where=norm > 0)
-    _, component = connected_components(csr_matrix(small @ small.T > threshold), directed=False)
-    _, first = np.unique(component, return_index=True)
-    return first[component]
 
 
 def _same_file_in_one_group(task: Task) -> Task:

@@ -1,0 +1,107 @@
+"""Labels of a folder: `CLASS/file`, or images with masks."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from uscl_hub.clips.media import IMAGE, Clip, find_clips
+from uscl_hub.labels.items import Item, LabelError, Labels
+
+MASK = re.compile(r"(.+)_mask(_\d+)?", re.DOTALL)
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+def from_folder(root: Path, task: str | None, frames: str) -> Labels:
+    if task in ("regression", "multilabel"):
+        raise LabelError(f"{root}: a folder gives classes or masks, not {task}: write a labels.csv (path, label, ...)")
+    base = root / "images" if (root / "images").is_dir() else root
+    items = _images_with_masks(root, base, frames)
+    labels = sorted({item.label for item in items if item.label})
+    if not items:
+        raise LabelError(f"{root}: holds no image, video or DICOM file")
+    if task == "segmentation" or (task is None and not labels and any(item.masks for item in items)):
+        return segmentation(root, items, ())
+    if not labels:
+        raise LabelError(
+            f"{root}: has no folders of classes (CLASS/file), no masks and no labels.csv: "
+            "nothing says what the files show"
+        )
+    if {label.lower() for label in labels} <= SPLIT_NAMES:
+        raise LabelError(
+            f"{root}: its folders are {', '.join(labels)}: splits, not classes. Give one of them, or a labels.csv with "
+            "the columns path, label and split"
+        )
+    notes = []
+    if loose := [item.id for item in items if not item.label]:
+        notes.append(f"{len(loose)} file(s) are in no folder of a class and are left out, the first: {loose[0]}")
+    if any(item.masks for item in items):
+        notes.append("there are masks as well: say task='segmentation' to use them")
+    items = [item for item in items if item.label]
+    targets = np.array([labels.index(item.label) for item in items], np.int64)
+    return Labels(root, "classification", tuple(labels), tuple(items), targets, False, tuple(notes))
+
+
+def _images_with_masks(root: Path, base: Path, frames: str) -> list[Item]:
+    """Every file below `base` but the masks, each with its own masks. The label is the first folder's name, or ''."""
+    clips = find_clips([base])
+    if frames == "images":
+        clips = singles(clips)
+    elif frames != "clip":
+        raise LabelError(f"frames {frames!r} is neither 'images' nor 'clip'")
+    masks = masks_below(root)
+    owned = {file for files in masks.values() for file in files}
+    items = []
+    for clip in clips:
+        if clip.files[0] in owned:  # a mask
+            continue
+        parts = clip.id.removeprefix(clip.source + "/").split("/")
+        label = parts[0] if len(parts) > 1 else ""
+        key = clip.files[0].with_suffix("")
+        items.append(Item("/".join(parts), clip, label, masks=tuple(masks.get(key, ()))))
+    return items
+
+
+def singles(clips: list[Clip]) -> list[Clip]:
+    """Every numbered image a clip of its own."""
+    out = []
+    for clip in clips:
+        if clip.kind == "frames":
+            folder = clip.id.rpartition("/")[0]
+            out += [Clip(f"{folder}/{file.name}", clip.source, "image", (file,)) for file in clip.files]
+        else:
+            out.append(clip)
+    return sorted(out, key=lambda clip: clip.id)
+
+
+def masks_below(root: Path) -> dict[Path, list[Path]]:
+    """Image without its extension -> its masks: x_mask.png, x_mask_1.png beside it, or masks/x.png beside images/."""
+    root = root.resolve()
+    if root.name == "images" and (root.parent / "masks").is_dir():
+        root = root.parent
+    found = defaultdict(list)
+    for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE and p.is_file()):
+        match = MASK.fullmatch(path.stem)
+        parts = path.relative_to(root).parent.parts
+        if "masks" in parts:
+            i = parts.index("masks")
+            images = ("images",) if root.joinpath(*parts[:i], "images").is_dir() else ()
+            folder = root.joinpath(*parts[:i], *images, *parts[i + 1 :])
+        elif match:
+            folder = path.parent
+        else:
+            continue
+        found[folder / (match[1] if match else path.stem)].append(path)
+    return found
+
+
+def segmentation(source: Path, items: list[Item], notes: tuple[str, ...], known: bool = False) -> Labels:
+    kept = [item for item in items if item.masks]
+    if not kept:
+        raise LabelError(
+            f"{source}: no image has a mask (x_mask.png beside x.png, masks/x.png beside images/, or 'mask')"
+        )
+    if without := [item.id for item in items if not item.masks]:
+        notes = (*notes, f"{len(without)} image(s) have no mask and are left out, the first: {without[0]}")
+    return Labels(source, "segmentation", ("foreground",), tuple(kept), np.zeros(len(kept), np.int64), known, notes)

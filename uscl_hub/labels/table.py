@@ -1,0 +1,158 @@
+"""Labels of a table: path and label, or several columns of labels; group, split and mask if wanted."""
+
+import math
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+
+from uscl_hub.clips.media import Clip, find_clips
+from uscl_hub.labels.folder import segmentation
+from uscl_hub.labels.items import Item, LabelError, Labels
+from uscl_hub.labels.rows import read_rows
+
+RESERVED = ("path", "group", "split", "mask")
+
+
+def from_table(path: Path, task: str | None, columns: tuple[str, ...]) -> Labels:
+    rows = read_rows(path)
+    names = list(rows[0])
+    for name in ("path", *columns):
+        if name not in names:
+            raise LabelError(f"{path}: has no column {name!r}; its columns are {', '.join(names)}")
+    chosen = tuple(columns) or (("label",) if "label" in names else tuple(n for n in names if n not in RESERVED))
+    known = "group" in names
+    if known and (empty := [i for i, row in enumerate(rows) if not row["group"]]):
+        raise LabelError(f"{path}: row {empty[0] + 2}: 'group' is empty ({len(empty)} such rows). Fill it in")
+    clips, masks = _clips(path, rows), _masks(path, rows)
+    items = [
+        Item(row["path"], clip, " ".join(row[n] for n in chosen), row.get("group", ""), row.get("split", ""), own)
+        for row, clip, own in zip(rows, clips, masks)
+    ]
+    if task == "segmentation" or (task is None and "mask" in names and not chosen):
+        if "mask" not in names:
+            raise LabelError(f"{path}: has no column 'mask', which segmentation needs")
+        return segmentation(path, items, (), known)
+    if not chosen:
+        raise LabelError(f"{path}: has no column of labels; its columns are {', '.join(names)}")
+    task, classes, targets, notes = _targets(path, rows, chosen, task)
+    return Labels(path, task, classes, tuple(items), targets, known, tuple(notes))
+
+
+def _clips(table: Path, rows: list[dict[str, str]]) -> list[Clip]:
+    absent, clips = [], []
+    seen: dict[Path, int] = {}
+    for number, row in enumerate(rows, start=2):
+        path = _existing(table.parent, row["path"])
+        if path is None:
+            absent.append((number, row["path"]))
+            continue
+        if path in seen:
+            raise LabelError(f"{table}: rows {seen[path]} and {number} both name {row['path']}. Keep one of them")
+        seen[path] = number
+        found = find_clips([path])
+        if len(found) != 1:
+            raise LabelError(f"{table}: row {number}: {path} is not one image, video, DICOM file or folder of frames")
+        clips.append(Clip(row["path"], found[0].source, found[0].kind, found[0].files))
+    if absent:
+        number, name = absent[0]
+        raise LabelError(
+            f"{table}: {len(absent)} of {len(rows)} files are missing, the first in row {number}: {name or '(empty)'}. "
+            "Paths count from the table's folder"
+        )
+    return clips
+
+
+def _masks(table: Path, rows: list[dict[str, str]]) -> list[tuple[Path, ...]]:
+    out = []
+    for number, row in enumerate(rows, start=2):
+        own = [(name.strip(), _existing(table.parent, name.strip())) for name in row.get("mask", "").split(";") if name]
+        if absent := [name for name, path in own if path is None or not path.is_file()]:
+            raise LabelError(f"{table}: row {number}: the mask {absent[0]} is missing")
+        out.append(tuple(path for _, path in own if path is not None))
+    return out
+
+
+def _existing(folder: Path, name: str) -> Path | None:
+    """The path as written, with Windows' separators, or in the other Unicode normal form."""
+    for text in (name, name.replace("\\", "/")) if name else ():
+        for spelling in (text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))):
+            try:
+                if (folder / spelling).exists():
+                    return folder / spelling
+            except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+                continue
+    return None
+
+
+def _targets(path: Path, rows: list[dict[str, str]], names: tuple[str, ...], task: str | None):
+    """-> (task, classes, targets, notes)."""
+    for name in names:
+        for number, row in enumerate(rows, start=2):
+            value = row[name]
+            if value.lower() in ("", "nan", "none", "null", "na", "n/a") or _infinite(value):
+                shown = value or "empty"
+                raise LabelError(f"{path}: row {number}: {name!r} is {shown}. Fill it in, or leave the row out")
+    numbers = _numbers(rows, names)
+    notes = []
+    if task is None:
+        task = _task(path, names, numbers)
+        if task == "regression" and numbers is not None and _few_whole(numbers):
+            name = names[0]
+            notes.append(
+                f"{name!r} holds few whole numbers, taken as a quantity; for classes say task='classification'"
+            )
+    if task == "classification":
+        if len(names) > 1:
+            raise LabelError(f"{path}: classification needs one column of classes, not {', '.join(names)}")
+        text = [row[names[0]] for row in rows]
+        classes = tuple(sorted(set(text), key=_natural))
+        return task, classes, np.array([classes.index(value) for value in text], np.int64), notes
+    if numbers is None:
+        number, name = next((i, n) for i, row in enumerate(rows, start=2) for n in names if _number(row[n]) is None)
+        raise LabelError(
+            f"{path}: row {number}: {name!r} is {rows[number - 2][name]!r}: not a number, which {task} needs"
+        )
+    if task == "multilabel" and not np.isin(numbers, (0, 1)).all():
+        raise LabelError(f"{path}: columns of several labels hold 0 and 1 only ({', '.join(names)})")
+    return task, names, numbers, notes
+
+
+def _task(path: Path, names: tuple[str, ...], numbers: np.ndarray | None) -> str:
+    if numbers is None and len(names) > 1:
+        raise LabelError(
+            f"{path}: the columns {', '.join(names)} could all be labels, and not all are numbers. "
+            "Name one of them 'label', or choose with columns="
+        )
+    if numbers is None:
+        return "classification"
+    return "multilabel" if len(names) > 1 and np.isin(numbers, (0, 1)).all() else "regression"
+
+
+def _few_whole(numbers: np.ndarray) -> bool:
+    return numbers.shape[1] == 1 and len(np.unique(numbers)) <= 10 and not np.mod(numbers, 1).any()
+
+
+def _natural(text: str):
+    number = _number(text)
+    return (0, number, text) if number is not None else (1, 0.0, text)
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _infinite(text: str) -> bool:
+    try:
+        return not math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _numbers(rows, names) -> np.ndarray | None:
+    values = [[_number(row[name]) for name in names] for row in rows]
+    return None if any(v is None for row in values for v in row) else np.array(values, np.float32)
