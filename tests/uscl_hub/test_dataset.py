@@ -15,7 +15,9 @@ import uscl_hub.errors
 from uscl_hub.clips.read import read_clip
 from uscl_hub.labels import LabelError, cluster, read_labels
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*patients are unknown", "ignore:.*fewer than")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*patients are unknown", "ignore:.*fewer than", "ignore:.*mask.s.", "ignore:.*have no mask"
+)
 
 
 def picture(path, seed, size=(60, 50)):

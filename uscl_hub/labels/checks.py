@@ -33,7 +33,8 @@ def checked(found: Labels) -> Labels:
 
 def _check_masks(found: Labels) -> list[str]:
     """By the headers alone. -> notes."""
-    close, wrong = [], []
+    close: list[str] = []
+    wrong: list[str] = []
     for item in found.items:
         if item.masks and item.kind not in ("image", "dicom"):
             raise LabelError(f"{item.path}: a {item.kind} has a mask; masks are understood for single images only")
