@@ -10,6 +10,7 @@ from uscl_hub.clips.media import IMAGE, Clip, find_clips
 from uscl_hub.labels.items import Item, LabelError, Labels
 
 MASK = re.compile(r"(.+)_mask(_\d+)?", re.DOTALL)
+MASK_FOLDERS = ("masks", "mask")  # the second one only beside a folder `images`
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
@@ -84,8 +85,8 @@ def masks_below(root: Path) -> dict[Path, list[Path]]:
     for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE and p.is_file()):
         match = MASK.fullmatch(path.stem)
         parts = path.relative_to(root).parent.parts
-        if "masks" in parts:
-            i = parts.index("masks")
+        i = next((i for i, name in enumerate(parts) if name in MASK_FOLDERS), None)
+        if i is not None and (parts[i] == "masks" or root.joinpath(*parts[:i], "images").is_dir()):
             images = ("images",) if root.joinpath(*parts[:i], "images").is_dir() else ()
             folder = root.joinpath(*parts[:i], *images, *parts[i + 1 :])
         elif match:
