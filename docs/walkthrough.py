@@ -30,7 +30,7 @@ if not CLIPS.exists():
 # %%
 import json
 
-from training.data.cache import ingest
+from training.data.ingest import ingest
 
 # workers=0: in this process, so that this runs anywhere; training/run.py decodes on all cores
 cache = ingest([CLIPS], OUT / "cache", size=round(1.25 * PX), max_frames=400, workers=0, sheets=True)

@@ -20,7 +20,7 @@ def ctrl_c_interrupts():
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """A folder of 20 simulated clips of 5 subjects, and the folder of their frame cache."""
-    from training.data.cache import ingest
+    from training.data.ingest import ingest
     from training.data.simulate import write_demo
 
     folder = tmp_path_factory.mktemp("demo")

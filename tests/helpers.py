@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from training.data.cache import FrameCache
 from uscl_hub.clips.media import find_clips
 
 ROOT = Path(__file__).parents[1]  # the checkout
@@ -61,3 +62,16 @@ def dicom(path, pixels, photometric="MONOCHROME2", bits=None, compress=None, **t
         data.compress(compress)
     data.save_as(path, enforce_file_format=True)
     return path
+
+
+def cache_in_memory(lengths, px=8, seed=0):
+    """A FrameCache of random frames that has no folder: clips of these lengths."""
+    lengths = np.array(lengths)
+    offsets = (np.cumsum(lengths) - lengths).tolist()
+    records = [
+        {"id": f"{i:09d}", "source": "s", "sha256": str(i), "frames": n, "offset": offset}
+        for i, (n, offset) in enumerate(zip(lengths.tolist(), offsets))
+    ]
+    cache = FrameCache(".", px, records)
+    cache.frames = np.random.default_rng(seed).integers(0, 256, (lengths.sum(), px, px), dtype=np.uint8)
+    return cache

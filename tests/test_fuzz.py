@@ -18,7 +18,8 @@ from helpers import dicom, movie, write
 from PIL import Image
 
 import uscl_hub
-from training.data.cache import FrameCache, ingest
+from training.data.cache import FrameCache
+from training.data.ingest import ingest
 from uscl_hub import checkpoints, models
 from uscl_hub.checkpoints import CheckpointError
 from uscl_hub.clips.media import find_clips

@@ -17,7 +17,7 @@ from pydicom.dataset import Dataset
 
 from training import config as configs
 from training import run
-from training.data.cache import ingest
+from training.data.ingest import ingest
 from training.data.simulate import simulate_clip, write_video
 from uscl_hub.cli import main
 

@@ -9,7 +9,7 @@ import sys
 MOVED = {
     "augment": "method.augment",
     "backbones": "evaluation.backbones",
-    "cache": "data.cache",
+    "cache": "data.ingest",
     "export": "engine.export",
     "intervals": "evaluation.intervals",
     "pairs": "method.pairs",

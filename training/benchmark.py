@@ -44,8 +44,9 @@ from torch.func import functional_call  # noqa: E402
 from training import config as configs  # noqa: E402
 from training import distributed  # noqa: E402
 from training.data import batches  # noqa: E402
-from training.data.cache import FrameCache, ingest  # noqa: E402
+from training.data.cache import FrameCache  # noqa: E402
 from training.data.groups import assign_groups, split_groups  # noqa: E402
+from training.data.ingest import ingest  # noqa: E402
 from training.data.simulate import write_demo  # noqa: E402
 from training.engine.export import export  # noqa: E402
 from training.method.forward_mode import scratch_buffers  # noqa: E402

@@ -1,9 +1,13 @@
 """Files that appear whole or not at all, and folders that one process at a time writes to."""
 
+import errno
 import hashlib
+import json
 import os
+import shutil
 import stat
-from contextlib import contextmanager
+import uuid
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from uscl_hub.errors import UserError
@@ -58,21 +62,65 @@ def sha256(path) -> str:
     return digest.hexdigest()
 
 
+def temporary(path: Path) -> Path:
+    """A new hidden name beside `path`, with its suffix: no other process, on any host, has the same one."""
+    return path.with_name(f".{path.stem[:40]}.{uuid.uuid4().hex}.tmp{path.suffix[:20]}")
+
+
 def write_whole(path, write) -> None:
     """Call write(temporary path), then give that file the name `path`; parent folders are made.
 
-    Whatever happens on the way, `path` holds the new content or what it held before, never half of one.
+    Whatever happens on the way, `path` holds the new content or what it held before, never half of one. A link is
+    followed: the file that it names is replaced, with its permissions. The temporary path has the suffix of `path`.
+    Raises NotAFile if `path` is a device, a pipe or a folder, OSError with the name of `path` if it cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if target.exists():
+        check_regular(target, path)
+    part = temporary(target)
     try:
-        write(temporary)
-        with open(temporary, "rb") as file:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        with open(part, "rb") as file:
             os.fsync(file.fileno())  # or a power cut could keep the new name and lose the content
-        os.replace(temporary, path)
+        if target.exists():
+            with suppress(OSError):
+                shutil.copymode(target, part)
+        os.replace(part, target)
+    except OSError as error:
+        if error.errno is None or part.name not in str(error.filename):
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error  # the name that the user knows
     finally:
-        temporary.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+
+
+def write_text(path, text: str) -> None:
+    """`write_whole` of a text, in UTF-8. What UTF-8 cannot hold (a file name's stray bytes) is written as \\udcff."""
+    content = text.encode("utf-8", "backslashreplace")
+    write_whole(path, lambda part: part.write_bytes(content))
+
+
+def write_json(path, value, indent: int | None = 1) -> None:
+    """`write_whole` of a value as JSON, with a final newline."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def check_room(folder, need: int = 4096) -> None:
+    """Raise OSError unless a file of `need` bytes can be written in `folder`: it is read-only, or the disk is full."""
+    folder = Path(folder)
+    probe = temporary(folder / "probe")
+    try:
+        probe.write_bytes(bytes(4096))
+        if shutil.disk_usage(folder).free < need:
+            wanted = f"{need / 2**20:.0f} MiB are needed here, {shutil.disk_usage(folder).free / 2**20:.0f} are free"
+            raise OSError(errno.ENOSPC, wanted, str(folder))
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(folder)) from None
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 @contextmanager

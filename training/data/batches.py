@@ -45,11 +45,10 @@ def make_batch(cache, clips, config: Pairs, key, part=slice(None)):
     """
     rng = np.random.default_rng(key)
     numbers, mix = choose(cache, clips, config, rng)
-    chosen = cache.offsets[clips][:, None] + numbers
     shape = (len(clips), 2, config.frames) if config.augment_first else (len(clips), 2)
     augmentation = augment.draw(shape, rng, config.crop_scale, config.crop_ratio, config.jitter, config.flip)
     return Batch(
-        frames=torch.from_numpy(cache.frames[chosen[part]]),
+        frames=torch.from_numpy(cache.take(np.asarray(clips)[part], numbers[part])),
         mix=torch.from_numpy(mix[part]),
         augmentation=torch.from_numpy(augmentation[part]),
     )

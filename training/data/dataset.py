@@ -1,16 +1,15 @@
 """The clips of a training: ingested, grouped, labelled and split."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from training import distributed
-from training.data.cache import CacheError, ingest
-from training.data.groups import assign_groups, split_groups
+from training.data.groups import assign_groups, fingerprint, split_groups
+from training.data.ingest import ingest
 from training.data.simulate import write_demo
-from training.engine import export
 from training.messages import say
+from uscl_hub.errors import UserError
 
 
 class Clips:
@@ -31,14 +30,14 @@ class Clips:
             for i, source in enumerate(sorted(set(cache.sources)), start=1)
         }
         if not config.data.roots:
-            self.public = dict.fromkeys(self.public, "simulated (training/data/simulate.py)")
+            self.public = dict.fromkeys(self.public, "simulated")
 
     def manifest(self):
         """What was trained on, without naming paths: one dict a clip."""
         return [
             {
                 "sha256": sha,
-                "group": export.fingerprint(group),
+                "group": fingerprint(group),
                 "source": self.public[source],
                 "split": str(split),
                 "frames": int(frames),
@@ -74,12 +73,14 @@ def prepare(config, out):
             )
         cache = distributed.broadcast(cache)
         clips = Clips(cache, config)
-    except (CacheError, ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        sys.exit(f"data: {error}")
+    except (UserError, ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise UserError(f"data: {error}") from error
     counts = ", ".join(f"{len(c)} {n}" for n, c in (("train", clips.train), ("meta", clips.meta), ("val", clips.val)))
     say(f"{len(cache)} clips of {len(set(clips.groups))} groups: {counts}")
     if len(clips.train) < config.optim.batch:
-        sys.exit(f"data: {len(clips.train)} training clips do not fill a batch of optim.batch = {config.optim.batch}")
+        raise UserError(
+            f"data: {len(clips.train)} training clips do not fill a batch of optim.batch = {config.optim.batch}"
+        )
     if len(clips.val) < 2:
-        sys.exit("data: validation needs 2 clips; raise data.val_fraction or add clips")
+        raise UserError("data: validation needs 2 clips; raise data.val_fraction or add clips")
     return clips

@@ -1,6 +1,7 @@
 """Groups (patients) and splits: train, meta and validation clips never share a group."""
 
 import csv as csv_module
+import hashlib
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -123,3 +124,8 @@ def split_groups(
         empty.discard(choice)
         home[order[i]] = names[choice]
     return [home[group] for group in groups]
+
+
+def fingerprint(name: str) -> str:
+    """Identifies a group or clip without naming it: paths may hold what must not be published. 16 hex digits."""
+    return hashlib.sha256(name.encode()).hexdigest()[:16]

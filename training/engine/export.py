@@ -1,7 +1,6 @@
 """Write a trained backbone as a folder in timm's Hub format, with its provenance and a model card."""
 
 import datetime
-import hashlib
 import json
 import subprocess
 from pathlib import Path
@@ -10,6 +9,8 @@ import timm
 import torch
 
 import uscl_hub
+from training.data.groups import fingerprint  # noqa: F401  (its name here since version 0.1)
+from training.method.networks import architecture
 from uscl_hub.checkpoints import save_tensors, sha256
 from uscl_hub.files import write_whole
 from uscl_hub.preprocess import MEAN, STD
@@ -17,25 +18,20 @@ from uscl_hub.preprocess import MEAN, STD
 LICENCE_OF_CODE = "apache-2.0"
 
 
-def architecture(name):
-    """The plain timm architecture of a model name: bare timm must load the export without our package."""
-    return name.removeprefix("meta_uscl_").partition(".")[0]
-
-
-def pretrained_cfg(name, size, channels=3):
+def pretrained_cfg(name, size):
     """A full timm `pretrained_cfg`: what is left out, timm would fill in from its own checkpoint's."""
     cfg = timm.get_pretrained_cfg(architecture(name))
     return {
         "tag": "meta_uscl",
-        "input_size": [channels, size, size],
+        "input_size": [3, size, size],
         "test_input_size": None,
         "fixed_input_size": bool(cfg.fixed_input_size) if cfg else False,
         "interpolation": "bilinear",
         "crop_pct": 1.0,
         "test_crop_pct": None,
         "crop_mode": "squash",
-        "mean": [MEAN] * channels,
-        "std": [STD] * channels,
+        "mean": [MEAN] * 3,
+        "std": [STD] * 3,
         "num_classes": 0,
         "pool_size": None,
         "first_conv": cfg.first_conv if cfg else None,
@@ -54,12 +50,7 @@ def code_version():
     return {"version": uscl_hub.__version__, "commit": git.stdout.strip() if git.returncode == 0 else None}
 
 
-def fingerprint(name):
-    """Identifies a group or clip without naming it: paths may hold what must not be published."""
-    return hashlib.sha256(name.encode()).hexdigest()[:16]
-
-
-def export(backbone, name, size, folder, provenance, channels=3):
+def export(backbone, name, size, folder, provenance):
     """Export a backbone; an existing export in `folder` is replaced file by file, each atomically.
 
     Args:
@@ -90,7 +81,7 @@ def export(backbone, name, size, folder, provenance, channels=3):
         "architecture": architecture(name),
         "num_classes": 0,
         "num_features": backbone.num_features,
-        "pretrained_cfg": pretrained_cfg(name, size, channels),
+        "pretrained_cfg": pretrained_cfg(name, size),
         "uscl_hub": provenance,
     }
     write_whole(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from training.engine.probe import features
+from training.engine.validation import features
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

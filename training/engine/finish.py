@@ -7,8 +7,8 @@ import numpy as np
 import timm
 import torch
 
-from training.engine import export, figures, probe
-from training.engine.validation import probe_backbone
+from training.engine import export, figures
+from training.engine.validation import features, probe_backbone, sample_frames
 from training.messages import say
 from training.method.networks import input_size
 
@@ -77,12 +77,10 @@ def describe(state, config, clips, checks, manifest):
 
 def reloaded_difference(state, config, clips, path, device):
     """Largest difference between the features of the trained network and of the export as timm loads it."""
-    frames = clips.cache.frames[probe.sample_frames(clips.cache, clips.val, 1)[0]]
+    frames = clips.cache.take(*sample_frames(clips.cache, clips.val, 1))
     reloaded = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0)
     reloaded = reloaded.to(device, memory_format=torch.channels_last)
-    ours, theirs = (
-        probe.features(model, frames, config.model.size, device) for model in (state.encoder.backbone, reloaded)
-    )
+    ours, theirs = (features(model, frames, config.model.size, device) for model in (state.encoder.backbone, reloaded))
     return np.abs(ours - theirs).max()
 
 

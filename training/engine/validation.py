@@ -1,16 +1,18 @@
-"""The checks of a running training on its validation clips."""
+"""The checks of a running training on its validation clips: loss, kNN accuracy, effective rank of the features."""
 
 import math
-import sys
 
 import numpy as np
 import torch
+from sklearn.metrics import recall_score
+from sklearn.neighbors import KNeighborsClassifier
 
 from training.config import training_pairs
 from training.data import batches
-from training.engine import probe
 from training.method.loss import info_nce
 from training.method.networks import input_channels
+from uscl_hub.errors import UserError
+from uscl_hub.preprocess import normalise, resize
 
 DIVERGED = "lower optim.lr or raise optim.warmup_epochs. The last checkpoint, if any, is from before"
 
@@ -32,7 +34,7 @@ def validate(encoder, config, clips, device):
     encoder.train()
     loss = float(np.average(losses, weights=sizes))
     if not math.isfinite(loss):
-        sys.exit(f"the validation loss is {loss}; {DIVERGED}")
+        raise UserError(f"the validation loss is {loss}; {DIVERGED}")
     return {"val_loss": loss, **probe_backbone(encoder.backbone, config, clips, device)}
 
 
@@ -46,16 +48,70 @@ def probe_backbone(backbone, config, clips, device, most=100):
 
     def sample(split):
         some = split[np.linspace(0, len(split) - 1, min(most, len(split))).round().astype(int)]
-        rows, owner = probe.sample_frames(clips.cache, some, 4)
-        return probe.features(backbone, clips.cache.frames[rows], config.model.size, device), rows, owner
+        owner, numbers = sample_frames(clips.cache, some, 4)
+        return features(backbone, clips.cache.take(owner, numbers), config.model.size, device), owner, numbers
 
-    val, rows, owner = sample(clips.val)
-    late = rows - clips.cache.offsets[owner] >= clips.cache.lengths[owner] / 2
+    val, owner, numbers = sample(clips.val)
+    late = numbers >= clips.cache.lengths[owner] / 2
     if len(set(clips.labels[owner])) > 1:
-        train, _, train_owner = sample(clips.train)
-        knn = probe.knn_accuracy(train, clips.labels[train_owner], val, clips.labels[owner])
+        train, train_owner, _ = sample(clips.train)
+        knn = knn_accuracy(train, clips.labels[train_owner], val, clips.labels[owner])
     elif late.any():
-        knn = probe.knn_accuracy(val[~late], owner[~late], val[late], owner[late], k=1)
+        knn = knn_accuracy(val[~late], owner[~late], val[late], owner[late], k=1)
     else:
         knn = None
-    return {"knn": knn, "effective_rank": probe.effective_rank(val)}
+    return {"knn": knn, "effective_rank": effective_rank(val)}
+
+
+def sample_frames(cache, clips, per_clip):
+    """Up to `per_clip` evenly spaced frames a clip: int arrays (n,) of their clips and of their numbers in these."""
+    owner, numbers = [], []
+    for clip in clips:
+        n = min(per_clip, int(cache.lengths[clip]))
+        numbers += ((2 * np.arange(n) + 1) * cache.lengths[clip] // (2 * n)).tolist()  # the middles of n equal parts
+        owner += [clip] * n
+    return np.array(owner), np.array(numbers)
+
+
+@torch.no_grad()
+def features(backbone, frames, size, device, batch=64):
+    """Representations of grey frames, preprocessed as in deployment.
+
+    Args:
+        backbone: maps (B, C, size, size) to (B, d); used in eval mode, its mode is restored.
+        frames: uint8 (B, S, S) of any S.
+
+    Returns:
+        float32 numpy (B, d).
+    """
+    training = backbone.training
+    backbone.eval()
+    channels = input_channels(backbone)
+    out = []
+    for i in range(0, len(frames), batch):
+        images = torch.stack([normalise(resize(np.asarray(f), size), channels) for f in frames[i : i + batch]])
+        images = images.to(device, memory_format=torch.channels_last)
+        out.append(backbone(images).float().cpu().numpy())
+    backbone.train(training)
+    return np.concatenate(out)
+
+
+def knn_accuracy(train, train_labels, test, test_labels, k=20):
+    """Balanced accuracy (mean recall of the labels in `test_labels`) of kNN classification by cosine distance."""
+    k = min(k, len(train))
+    classifier = KNeighborsClassifier(k, metric="cosine", weights="distance").fit(train, train_labels)
+    present = np.unique(test_labels)
+    return float(recall_score(test_labels, classifier.predict(test), labels=present, average="macro"))
+
+
+def effective_rank(x):
+    """exp(entropy) of the normalised singular values of the centred features (B, d): 1 when all collapse.
+
+    Roy and Vetterli, "The effective rank", EUSIPCO 2007.
+    """
+    s = np.linalg.svd(x - x.mean(0), compute_uv=False)
+    if s.sum() == 0:
+        return 1.0
+    p = s / s.sum()
+    p = p[p > 0]
+    return float(np.exp(-(p * np.log(p)).sum()))

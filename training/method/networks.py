@@ -5,7 +5,11 @@ import torch
 from torch import nn
 
 import uscl_hub  # noqa: F401  (registers meta_uscl_resnet18, ...)
-from training.engine.export import architecture
+
+
+def architecture(name: str) -> str:
+    """The plain timm architecture of a model name: bare timm must load the export without our package."""
+    return name.removeprefix("meta_uscl_").partition(".")[0]
 
 
 class Encoder(nn.Module):

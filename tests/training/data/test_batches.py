@@ -3,11 +3,11 @@
 import threading
 import time
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import cache_in_memory
 
 from training import distributed
 from training.config import Pairs
@@ -16,10 +16,8 @@ from training.data import batches
 FIELDS = ("frames", "mix", "augmentation")
 
 
-def cache(lengths=(9, 1, 2, 30, 7, 12, 5, 3), px=6):
-    frames = np.random.default_rng(0).integers(0, 256, (sum(lengths), px, px), dtype=np.uint8)
-    offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    return SimpleNamespace(frames=frames, lengths=np.array(lengths), offsets=offsets)
+def cache(lengths=(9, 1, 2, 30, 7, 12, 5, 3)):
+    return cache_in_memory(lengths, px=6)
 
 
 def equal(a, b):

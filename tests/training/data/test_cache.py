@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -11,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.data.cache import CacheError, FrameCache, ingest
+from training.data import workers
+from training.data.cache import CacheError, FrameCache
+from training.data.ingest import ingest
 from training.data.simulate import simulate_clip, write_demo, write_video
 from uscl_hub.clips.crop import apply_region, detect_region
-from uscl_hub.clips.media import decode, find_clips
+from uscl_hub.clips.media import content_hash, decode, find_clips
+from uscl_hub.errors import UserError
 from uscl_hub.preprocess import resize
 
 REPO = Path(__file__).resolve().parents[3]
@@ -37,8 +41,9 @@ def test_frames_are_the_shared_preprocessing_of_the_cropped_clip(demo, tmp_path)
         frames, fps = decode(clip)
         cropped = apply_region(frames, detect_region(frames))
         assert np.array_equal(cache.clip(i), np.stack([resize(np.ascontiguousarray(f), 32) for f in cropped]))
-        record = cache.clips[i]
-        assert (record.id, record.source, record.frames, record.fps) == (clip.id, "demo", 6, fps)
+        assert (cache.ids[i], cache.sources[i], cache.lengths[i]) == (clip.id, "demo", 6)
+    lines = [json.loads(line) for line in (cache.path / "index.jsonl").read_text().splitlines()]
+    assert {line["fps"] for line in lines} == {fps}
     assert cache.frames.shape == (60, 32, 32) and not cache.clip(0).flags.owndata
     assert report(cache)["unreadable"] == []
 
@@ -140,10 +145,10 @@ def script(tmp_path, demo, out, body=""):
         textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(REPO)!r})
-        from training.data import cache
+        from training.data import ingest as module
         {body}
         if __name__ == '__main__':
-            print(len(cache.ingest([{str(demo)!r}], {str(out)!r}, size=32, workers=2, progress=False)))
+            print(len(module.ingest([{str(demo)!r}], {str(out)!r}, size=32, workers=2, progress=False)))
     """)
     )
     return [sys.executable, str(path)]
@@ -152,8 +157,8 @@ def script(tmp_path, demo, out, body=""):
 def test_killed_at_any_time_and_resumed_from_a_script(demo, tmp_path):
     whole = ingest([demo], tmp_path / "whole", size=32, workers=0, progress=False)
     slow = (
-        "cache._FLUSH_SECONDS = 0.0; line = cache._Writer.line; import time\n"
-        "        cache._Writer.line = lambda self, x: (time.sleep(0.15), line(self, x))"
+        "module.FLUSH_SECONDS = 0.0; line = module.Writer.line; import time\n"
+        "        module.Writer.line = lambda self, x: (time.sleep(0.15), line(self, x))"
     )
     command = script(tmp_path, demo, tmp_path / "out", slow)
     process = subprocess.Popen(command, start_new_session=True)
@@ -186,24 +191,17 @@ def _members(group):
     return found
 
 
+class Crashing(workers.Pool):
+    """A pool in which some items end their process. wanted: says of a clip's id whether it does."""
+
+    wanted = staticmethod(lambda name: name.endswith("lung/subj00_clip01.mp4"))
+
+    def submit(self, function, clip):
+        return self._executor.submit(os._exit, 1) if self.wanted(clip.id) else super().submit(function, clip)
+
+
 def test_a_crashing_decoder_costs_one_clip(demo, tmp_path, monkeypatch):
-    import training.data.cache as module
-
-    real = module._pool
-
-    class Crashing:  # submits a suicide in place of one clip
-        def __init__(self, pool):
-            self.pool = pool
-
-        def submit(self, function, clip, *args):
-            if clip.id.endswith("lung/subj00_clip01.mp4"):
-                return self.pool.submit(os._exit, 1)
-            return self.pool.submit(function, clip, *args)
-
-        def shutdown(self, **kwargs):
-            self.pool.shutdown(**kwargs)
-
-    monkeypatch.setattr(module, "_pool", lambda count: Crashing(real(count)))
+    monkeypatch.setattr(workers, "Pool", Crashing)
     cache = ingest([demo], tmp_path, size=32, workers=2, progress=False)
     assert len(cache) == 9
     assert report(cache)["unreadable"] == [
@@ -211,19 +209,98 @@ def test_a_crashing_decoder_costs_one_clip(demo, tmp_path, monkeypatch):
     ]
 
 
-def test_disk_full_keeps_what_is_complete(demo, tmp_path, monkeypatch):
-    import training.data.cache as module
+def test_when_all_crash_it_is_not_the_clips_fault(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "Pool", Crashing)
+    monkeypatch.setattr(Crashing, "wanted", staticmethod(lambda name: True))
+    with pytest.raises(UserError, match="the first 8 clips all ended the process .* not theirs. .*memory"):
+        ingest([demo], tmp_path, size=32, workers=2, progress=False)
 
-    real = module._Writer.frames
+
+CALL = "from training.data.ingest import ingest; print(len(ingest([{!r}], {!r}, size=32, workers=2, progress=False)))"
+
+
+@pytest.mark.parametrize("how, temporary", [("standard input", ""), ("no guard", ""), ("no guard", "x" * 90)])
+def test_a_script_whose_workers_cannot_start_is_told_once(demo, tmp_path, how, temporary):
+    code = CALL.format(str(demo), str(tmp_path / "out"))
+    (tmp_path / "script.py").write_text(code)
+    (tmp_path / temporary).mkdir(exist_ok=True)
+    env = {**os.environ, "PYTHONPATH": str(REPO), "TMPDIR": str(tmp_path / temporary)}
+    command, given = ([sys.executable, "-"], code) if how == "standard input" else ([sys.executable, "script.py"], "")
+    start = time.monotonic()
+    done = subprocess.run(command, input=given, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and time.monotonic() - start < 60
+    last = done.stderr.strip().splitlines()[-1]
+    assert "the processes that decode cannot start" in last and "__main__" in last and "standard input" in last
+    assert done.stderr.count("Error: ") <= 3 and "crashed" not in done.stderr
+
+
+def test_a_long_temporary_folder_is_no_obstacle(demo, tmp_path):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    command = script(tmp_path, demo, tmp_path / "out")
+    env = {**os.environ, "TMPDIR": str(long)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "10", done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_ingest_at_once_and_keeps_what_is_done(demo, tmp_path, number):
+    """While a decoder hangs: the workers do not keep the program from ending."""
+    hang = (
+        "import os, time, functools; prepare = module.prepare\n"
+        "        def hang(clip, **k): return time.sleep(99) if 'lung' in clip.id else prepare(clip, **k)\n"
+        "        module.prepare = hang"
+    )
+    path = tmp_path / "interrupted.py"
+    path.write_text(
+        textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(REPO)!r})
+        from training.data import ingest as module
+        from training.messages import command
+        {hang}
+        module.FLUSH_SECONDS = 0.0
+        if __name__ == '__main__':
+            settings = dict(size=32, workers=2, progress=False)
+            command(lambda: module.ingest([{str(demo)!r}], {str(tmp_path / "out")!r}, **settings))
+    """)
+    )
+    process = subprocess.Popen([sys.executable, str(path)], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (list(tmp_path.glob("out/*/index.jsonl")) and FrameCache.open(tmp_path / "out").ids):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.killpg(process.pid, number)  # as a terminal does: to the workers, too
+        start = time.monotonic()
+        said = process.communicate(timeout=20)[1]
+        assert time.monotonic() - start < 10 and process.returncode == 128 + number
+        said = said.splitlines()  # at a SIGHUP also of Python's own resource tracker
+        assert "interrupted; start it again to go on" in said and (number == signal.SIGHUP or len(said) == 1)
+        deadline = time.monotonic() + 10
+        while _members(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not _members(process.pid)
+    finally:
+        process.kill()
+    assert 0 < len(FrameCache.open(tmp_path / "out")) < 10
+    assert len(ingest([demo], tmp_path / "out", size=32, workers=0, progress=False)) == 10
+
+
+def test_disk_full_keeps_what_is_complete(demo, tmp_path, monkeypatch):
+    import training.data.ingest as module
+
+    real = module.Writer.frames
 
     def full(self, frames):
         if self.end >= 24:
             self.data.write(b"half")
-            with self._disk("frames.u8"):
+            with self.disk("frames.u8"):
                 raise OSError(28, "No space left on device")
         return real(self, frames)
 
-    monkeypatch.setattr(module._Writer, "frames", full)
+    monkeypatch.setattr(module.Writer, "frames", full)
     with pytest.raises(OSError, match="No space left on device.*free some space"):
         ingest([demo], tmp_path, size=32, workers=0, progress=False)
     monkeypatch.undo()
@@ -261,3 +338,141 @@ def test_a_hundred_thousand_clips_stay_small(tmp_path):
     blob = pickle.dumps(cache)
     assert len(cache) == 100_000 and cache.offsets[-1] == 40 * 99_999
     assert time.perf_counter() - start < 3 and len(blob) < 20e6
+
+
+# ------------------------------------------------------------------------------------- checksums and changes
+
+
+def flip(path, at):
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 16]))
+
+
+def damage(cache, i):
+    flip(cache.path / "frames.u8", int(cache.offsets[i]) * cache.size**2 + 100)
+
+
+@pytest.mark.parametrize("use", ["clip", "take", "pickled", "ingest"])
+def test_a_flipped_bit_is_named_and_the_clip_decoded_again(demo, tmp_path, use):
+    settings = dict(size=32, workers=0, progress=False)
+    good = ingest([demo], tmp_path, **settings)
+    frames = good.frames.copy()
+    damage(good, 3)
+    cache = pickle.loads(pickle.dumps(FrameCache.open(tmp_path)))
+    with pytest.raises(CacheError, match=f"frames.u8: the frames of {good.ids[3]} do not match their checksum"):
+        if use == "ingest":
+            ingest([demo], tmp_path, **settings)
+        elif use == "take":
+            cache.take(np.array([2, 3]), np.array([[0, 1], [2, 3]]))
+        else:
+            cache.clip(3)
+    assert cache.clip(2).shape == (6, 32, 32)  # the others can be used
+    again = ingest([demo], tmp_path, **settings)
+    assert again.ids == good.ids and not (again.path / "damaged.txt").exists()
+    for i in range(10):
+        assert np.array_equal(again.clip(i), frames[good.offsets[i] : good.offsets[i] + 6])
+    assert FrameCache.open(tmp_path).offsets.tolist() == again.offsets.tolist()
+
+
+def test_a_clip_is_compared_once(demo, tmp_path):
+    cache = ingest([demo], tmp_path, size=32, workers=0, progress=False)
+    cache.clip(3)
+    damage(cache, 3)
+    assert cache.clip(3).shape == (6, 32, 32)  # in this run it was right
+    with pytest.raises(CacheError, match="checksum"):
+        FrameCache.open(tmp_path).clip(3)
+
+
+def test_copies_of_a_damaged_clip_are_decoded_again_too(demo, tmp_path):
+    data = shutil.copytree(demo, tmp_path / "demo")
+    first = find_clips([data])[0].files[0]
+    shutil.copy(first, data / "a_copy.mp4")
+    settings = dict(size=32, workers=0, progress=False)
+    cache = ingest([data], tmp_path / "out", **settings)
+    assert cache.ids[0] == "demo/a_copy.mp4"
+    good = cache.clip(0).copy()
+    damage(cache, 0)
+    with pytest.raises(CacheError, match="a_copy.mp4"):
+        ingest([data], tmp_path / "out", **settings)
+    assert np.array_equal(ingest([data], tmp_path / "out", **settings).clip(0), good)
+
+
+def test_caches_without_checksums_are_still_read(demo, tmp_path):
+    cache = ingest([demo], tmp_path, size=32, workers=0, progress=False)
+    rows = [json.loads(line) for line in (cache.path / "index.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row.pop("crc32") >= 0
+    (cache.path / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    old = ingest([demo], tmp_path, size=32, workers=0, progress=False)
+    assert old.ids == cache.ids and (old.crc32 == -1).all() and np.array_equal(old.clip(2), cache.clip(2))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"offset": -1},
+        {"offset": "a"},
+        {"frames": 0},
+        {"frames": 2.5},
+        {"frames": True},
+        {"id": None},
+        {"sha256": 5},
+        {"crc32": "x"},
+        [],
+    ],
+)
+def test_an_index_that_makes_no_sense_is_refused(demo, tmp_path, change):
+    cache = ingest([demo], tmp_path, size=32, workers=0, progress=False)
+    path = cache.path / "index.jsonl"
+    first, rest = path.read_text().split("\n", 1)
+    path.write_text(json.dumps({**json.loads(first), **change} if change else change) + "\n" + rest)
+    for use in (lambda: FrameCache.open(tmp_path), lambda: ingest([demo], tmp_path, size=32, progress=False)):
+        with pytest.raises(CacheError, match="index.jsonl, line 1 is damaged: delete"):
+            use()
+
+
+@pytest.mark.parametrize("times", [1, 99])
+def test_a_file_that_changes_between_hash_and_decode(tmp_path, monkeypatch, times):
+    """Changed once it is read again; changed each time it is named. Frames never go with another content's hash."""
+    import training.data.ingest as module
+
+    path, changes, read = tmp_path / "data" / "a.mp4", [], module.read_clip
+    write_video(path, simulate_clip("lung", 3, 48, seed=1))
+    write_video(tmp_path / "data" / "b.mp4", simulate_clip("cyst", 3, 48, seed=1))
+
+    def racing(clip, *args, **kwargs):
+        if clip.id.endswith("a.mp4") and len(changes) < times:
+            changes.append(clip)
+            write_video(path, simulate_clip("lung", 3, 48, seed=1 + len(changes)))
+        return read(clip, *args, **kwargs)
+
+    monkeypatch.setattr(module, "read_clip", racing)
+    cache = ingest([tmp_path / "data"], tmp_path / "out", size=32, workers=0, progress=False)
+    if times == 1:
+        assert cache.sha256[0] == content_hash(find_clips([path])[0])
+        whole = ingest([path], tmp_path / "whole", size=32, workers=0, progress=False)
+        assert np.array_equal(cache.clip(0), whole.clip(0))
+    else:
+        assert cache.ids == ["data/b.mp4"]
+        assert report(cache)["unreadable"] == [{"id": "data/a.mp4", "reason": "the file changes while it is read"}]
+
+
+def test_results_below_the_roots_are_no_clips(demo, tmp_path):
+    data = shutil.copytree(demo, tmp_path / "demo")
+    settings = dict(size=32, workers=0, progress=False, sheets=True)
+    first = ingest([data], data / "run" / "cache", **settings)
+    run = data / "run"
+    (run / "figures").mkdir()
+    for name in ("config.yaml", "log.jsonl"):
+        (run / name).write_text("")
+    shutil.copy(first.path / "sheets" / "000.png", run / "figures" / "loss.png")
+    (data / "other").mkdir()
+    shutil.copy(first.path / "sheets" / "000.png", data / "other" / "mine.png")
+    again = ingest([data], data / "run" / "cache", **settings)
+    assert set(again.ids) - set(first.ids) == {"demo/other/mine.png"}
+    assert report(again)["own_results_left_out"] == 2
+    named = ingest([run / "figures" / "loss.png"], tmp_path / "named", size=32, workers=0, progress=False)
+    assert named.ids == ["figures/loss.png"]  # what is asked for by name is meant

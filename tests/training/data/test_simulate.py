@@ -32,9 +32,10 @@ def test_neighbouring_frames_are_alike_and_subjects_differ():
 
 def test_speckle_is_fully_developed_and_kinds_share_it():
     """The envelope's contrast (deviation over mean) in homogeneous speckle is 0.52 (Rayleigh)."""
-    from training.data import simulate
+    from training.data.simulate.scanner import acquire, make_probe
+    from training.data.simulate.scenes import Scene
 
-    class Plain(simulate._Scene):
+    class Plain(Scene):
         def build(self, anatomy):
             pass
 
@@ -43,9 +44,9 @@ def test_speckle_is_fully_developed_and_kinds_share_it():
 
     contrast = []
     for subject in range(4):
-        probe = simulate._probe(np.random.default_rng(subject), 96)
+        probe = make_probe(np.random.default_rng(subject), 96)
         rng = np.random.default_rng(0)
-        polar = simulate._acquire(Plain(np.random.default_rng(1), rng, 1), probe, 1, rng)[0]
+        polar = acquire(Plain(np.random.default_rng(1), rng, 1), probe, 1, rng)[0]
         middle = polar[40:100, 10:-10].astype(float)
         envelope = 10 ** ((middle - 1) * probe["dynamic"] / 20)
         envelope /= envelope.mean(1, keepdims=True)

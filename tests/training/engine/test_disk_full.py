@@ -11,7 +11,8 @@ import pytest
 import timm
 import torch
 
-from training.data.cache import CacheError, FrameCache, ingest
+from training.data.cache import CacheError, FrameCache
+from training.data.ingest import ingest
 from training.data.simulate import write_demo
 from training.engine import export
 from uscl_hub import checkpoints, models

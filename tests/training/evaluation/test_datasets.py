@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.data.cache import FrameCache, ingest
+from training.data.cache import FrameCache
+from training.data.ingest import ingest
 from training.evaluation import datasets
 from training.evaluation.datasets import TaskError, load_frames, load_task, make_folds
 from uscl_hub.clips.media import find_clips

@@ -10,7 +10,8 @@ import torch
 import torchvision
 
 from training import evaluate
-from training.data.cache import FrameCache, ingest
+from training.data.cache import FrameCache
+from training.data.ingest import ingest
 from training.engine.export import export, fingerprint
 from training.evaluation import protocols
 from training.evaluation.backbones import LeakError, find_leaks, is_random, load_backbone, refuse_leaks, split_name

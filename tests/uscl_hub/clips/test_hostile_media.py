@@ -19,9 +19,10 @@ from helpers import dicom, movie, one, write
 from PIL import Image
 
 import uscl_hub
-from training.data.cache import CacheError, ingest
+from training.data.cache import CacheError
+from training.data.ingest import ingest
 from training.data.simulate import simulate_clip, write_video
-from training.engine import probe
+from training.engine import validation as probe
 from training.evaluation import backbones, datasets, protocols
 from uscl_hub.cli import main
 from uscl_hub.clips import media
