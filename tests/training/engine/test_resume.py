@@ -17,6 +17,7 @@ from training import config as configs
 from training import run
 from training.engine import train as loop
 from training.method.networks import Encoder
+from uscl_hub import files
 
 ROOT = Path(__file__).parents[3]
 TIMINGS = ("images_per_s", "meta_share", "wait_share")
@@ -236,11 +237,17 @@ full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a devic
 
 
 def temporary(path):
-    return path.with_name(f".{path.name}.{os.getpid()}")
+    return path.with_name(f".{path.name}.temporary")
+
+
+@pytest.fixture
+def known_names(monkeypatch):
+    """The names of temporary files are those of `temporary`."""
+    monkeypatch.setattr(files, "temporary", temporary)
 
 
 @full
-def test_a_full_disk_leaves_the_previous_checkpoint(tiny, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_previous_checkpoint(tiny, tmp_path, monkeypatch, known_names):
     config = tiny(optim=STEPS, save_every=3)
     save = loop.save
 
@@ -262,7 +269,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tiny, tmp_path, monkeypatch)
 
 
 @full
-def test_a_full_disk_under_the_log_is_one_line(tiny, tmp_path, whole):
+def test_a_full_disk_under_the_log_is_one_line(tiny, tmp_path, whole, known_names):
     log = (whole / "log.jsonl").read_bytes()
     temporary(whole / "log.jsonl").symlink_to("/dev/full")
     said = refusal(tiny(out=str(whole), optim=STEPS, resume=True))
