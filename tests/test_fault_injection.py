@@ -3,7 +3,7 @@
 Each is resumed: the weights and all else in the checkpoint, the manifest and the exported weights must equal an
 undisturbed run's bit for bit. USCL_KILLS is the number of kills (docs/trust.md has the figures of 50):
 
-    USCL_KILLS=50 pytest -s tests/test_fault_injection.py
+    USCL_KILLS=50 pytest -s -m slow tests/test_fault_injection.py
 """
 
 import json
@@ -15,10 +15,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 KILLS = int(os.environ.get("USCL_KILLS", 1))
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(KILLS), str(tmp_path)]

@@ -23,6 +23,7 @@ def config(tiny, downstream, tmp_path):
     return Config(ARMS, (0, 1), str(tmp_path / "ablation"), tiny(optim={"steps": 2}), tasks)
 
 
+@pytest.mark.slow
 def test_every_arm_is_trained_and_evaluated_once(config, monkeypatch, capsys):
     trained, main = [], run.main
 

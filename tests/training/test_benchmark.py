@@ -1,18 +1,16 @@
 """The benchmark's own command, on settings so small that its figures mean nothing."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+import fresh
+import pytest
 
 
 def benchmark(*args):
-    command = [sys.executable, ROOT / "training" / "benchmark.py", "--quick", "True", "--device", "cpu", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return fresh.script("training/benchmark.py", "--quick", "True", "--device", "cpu", *args)
 
 
+@pytest.mark.slow
 def test_prints_a_table_and_writes_it_as_json(tmp_path):
     done = benchmark("--only", "step", "ingest", "embed", "index", "--out", str(tmp_path / "b.json"))
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import ROOT
 
 from training import config as configs
 from training import distributed, run
@@ -19,7 +20,6 @@ from training.engine import train as loop
 from training.method import forward_mode, step
 from training.method.networks import CMWNet, Encoder
 
-ROOT = Path(__file__).parents[2]
 WORLD, CLIPS, PX = 2, 6, 32
 KINDS = {"exact": {}, "delayed": {"delayed": True}, "plain": None}
 
@@ -123,6 +123,7 @@ def torchrun(config, file):
     return subprocess.Popen(command, cwd=file.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
 
 
+@pytest.mark.slow
 def test_torchrun_to_the_end_and_one_process_after_a_signal(tiny, tmp_path):
     """Two processes run to the export; two others are stopped by SIGTERM, and one process continues their training."""
     network = {"name": "test_convnext"}  # without batch norm: two processes train as one does

@@ -1,16 +1,15 @@
 """The whole evaluation on simulated data: results, report, model card, resumption, refusals."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import timm
+from helpers import DATA
 
 from training import config as configs
 from training import evaluate
@@ -22,9 +21,7 @@ from training.evaluation.datasets import EvaluationError
 from training.evaluation.protocols import FineTune
 from training.evaluation.segmentation import Segment
 
-ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-DATA = Path(os.environ.get("USCL_DATA", ROOT.parent / "shared" / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -244,12 +241,12 @@ def test_the_command_line(config, tmp_path):
     file.write_text(f"tasks: busi\nlast: {{epochs: 2}}\nout: {tmp_path / 'out'}\ncache: {config.cache}\n")
     loaded = configs.load(Config, file)
     assert loaded.tasks == ("busi",) and loaded.last == FineTune(2, 0.01, 128) and loaded.full == Config().full
-    command = [sys.executable, ROOT / "training" / "evaluate.py", "--config", file, "--data", str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    ended = fresh.script("training/evaluate.py", "--config", file, "--data", tmp_path)
     assert ended.returncode == 1 and ended.stderr.splitlines()[-1].startswith("evaluate.py: ")
     assert "no such folder" in ended.stderr and "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data")
 def test_a_subset_of_the_real_data(tmp_path):
     pocus = tmp_path / "pocus_lung"

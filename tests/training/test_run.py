@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import runpy
 import sys
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import dicom
+from helpers import DATA, ROOT, dicom
 from PIL import Image
 from pydicom.uid import RLELossless
 
@@ -24,8 +23,6 @@ from training.data import batches, dataset
 from training.data.simulate import KINDS, simulate_clip, write_video
 from training.engine import train as loop
 
-ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("USCL_DATA", ROOT.parent / "shared" / "data"))
 SECRET = "MUELLER"  # in the folder names and DICOM tags; no export may have it
 
 

@@ -1,17 +1,13 @@
 """The command: exit codes, JSON and messages."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
+import fresh
 import pytest
 import timm
 
 from uscl_hub import checkpoints, models, registry
 from uscl_hub.cli import main
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -125,6 +121,5 @@ def test_usage_errors_are_2(arguments, capsys):
 
 
 def test_as_a_process(tmp_path):
-    command = [sys.executable, "-m", "uscl_hub.cli", "info", str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = fresh.script("uscl_hub.cli", "info", tmp_path)
     assert result.returncode == 1 and "config.json" in result.stderr and "Traceback" not in result.stderr

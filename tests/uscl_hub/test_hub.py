@@ -8,16 +8,15 @@ import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import fresh
 import pytest
 import timm
 import torch
+from helpers import ROOT
 
 from uscl_hub import checkpoints, models
 
-ROOT = Path(__file__).parents[2]
 CARD = "---\nlibrary_name: timm\n---\n# card\n"
 
 

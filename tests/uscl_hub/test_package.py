@@ -7,18 +7,17 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from pathlib import Path
 
 import fresh
 import pytest
 import timm
 import torch
+from helpers import ROOT
 from safetensors.torch import save_file
 
 import uscl_hub
 from uscl_hub import checkpoints, models
 
-ROOT = Path(__file__).parents[2]
 NAMES = ["meta_uscl_efficientnet_lite0", "meta_uscl_resnet18", "meta_uscl_resnet34", "meta_uscl_resnet50"]
 NAME = "meta_uscl_resnet18"
 
@@ -218,6 +217,7 @@ def test_import_costs_little_beyond_timm(tmp_path):
     assert any(seconds() <= 0.1 for _ in range(3))  # the machine may be busy
 
 
+@pytest.mark.slow
 def test_wheel_in_a_fresh_environment(tmp_path):
     """Build the wheel from a clean copy, install it alone, use it from another folder."""
     pytest.importorskip("setuptools")

@@ -3,13 +3,11 @@ package installed."""
 
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
+import fresh
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 ENTRYPOINTS = [
     *("meta_uscl_backbone", "meta_uscl_efficientnet_lite0"),
     *("meta_uscl_resnet18", "meta_uscl_resnet34", "meta_uscl_resnet50"),
@@ -34,15 +32,7 @@ def export(tmp_path_factory):
 
 
 def python(code, cwd, path=""):
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**env, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"},
-    )
+    result = fresh.run(code, cwd=cwd, env={**os.environ, "PYTHONPATH": str(path)}, timm=True)
     assert result.returncode == 0, result.stderr
     return result
 
@@ -80,8 +70,8 @@ def test_load_with_the_package_installed_and_imported(tmp_path, export, version)
     first = python("import uscl_hub" + code, tmp_path, tmp_path / "site")  # what is imported stays
     assert first.stdout.strip() == str(init)
     assert ("9.9.9" in first.stderr) == (version == "9.9.9")
-    fresh = python(code, tmp_path, tmp_path / "site")  # else the checkout's is taken
-    assert fresh.stdout.strip() == str(ROOT / "uscl_hub/__init__.py") and "9.9.9" not in fresh.stderr
+    later = python(code, tmp_path, tmp_path / "site")  # else the checkout's is taken
+    assert later.stdout.strip() == str(ROOT / "uscl_hub/__init__.py") and "9.9.9" not in later.stderr
 
 
 def test_listed_entrypoints_and_their_help(tmp_path):

@@ -154,6 +154,7 @@ def script(tmp_path, demo, out, body=""):
     return [sys.executable, str(path)]
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_and_resumed_from_a_script(demo, tmp_path):
     whole = ingest([demo], tmp_path / "whole", size=32, workers=0, progress=False)
     slow = (

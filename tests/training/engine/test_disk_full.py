@@ -32,6 +32,7 @@ def small_disk(command, folder):
     )
 
 
+@pytest.mark.slow
 def test_cache_embed_and_exports(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -3,22 +3,21 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import timm
 import torch
 import yaml
+from helpers import ROOT
 from safetensors.torch import load_file
 
 import uscl_hub
 from training.engine import export as exporting
 from training.method.networks import input_size
 
-ROOT = Path(__file__).parents[3]
 PROVENANCE = {
     "method": "meta_uscl",
     "steps": 7,
@@ -77,8 +76,8 @@ with torch.no_grad():
     numpy.save("y.npy", model(torch.from_numpy(numpy.load("x.npy"))))
 print(cfg)
 """
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = fresh.run(code, cwd=tmp_path, env=env, timm=True)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         difference = np.abs(np.load(tmp_path / "y.npy") - trained()(images).numpy()).max()

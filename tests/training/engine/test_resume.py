@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 from training import config as configs
 from training import run
@@ -19,7 +20,6 @@ from training.engine import train as loop
 from training.method.networks import Encoder
 from uscl_hub import files
 
-ROOT = Path(__file__).parents[3]
 TIMINGS = ("images_per_s", "meta_share", "wait_share")
 STEPS = {"steps": 8}
 
@@ -129,6 +129,7 @@ run.main(config.load(config.Config, sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_killed_processes(tiny, tmp_path, whole):
     """Real processes, ended from outside by SIGTERM and SIGKILL at step 5."""
     children = {}

@@ -1,12 +1,12 @@
 """Tasks: what is found, what is excluded and why, groups, frames and folds."""
 
 import csv
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import DATA
 from PIL import Image
 
 from training.data.cache import FrameCache
@@ -15,8 +15,6 @@ from training.evaluation import datasets
 from training.evaluation.datasets import TaskError, load_frames, load_task, make_folds
 from uscl_hub.clips.media import find_clips
 from uscl_hub.clips.read import read_clip
-
-DATA = Path(os.environ.get("USCL_DATA", Path(__file__).resolve().parents[4] / "shared" / "data"))
 
 
 def load(root, name, **kwargs):

@@ -114,6 +114,7 @@ def test_the_unet_learns(backbone):
     assert segmentation.image_metrics(predicted, masks[24:])["Dice"].mean() > 0.7 and instances == [[]] * 16
 
 
+@pytest.mark.slow
 def test_mask_rcnn_learns(backbone):
     images, masks = squares(22, 48)
     recipe = Segment(px=48, epochs=10, batch=4, lr=4e-3)

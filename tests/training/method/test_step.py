@@ -215,6 +215,7 @@ def meta_gradient(problem, direction="exact", autocast=False):
     return torch.cat([p.grad.flatten() for p in cmw.parameters()]).double()
 
 
+@pytest.mark.slow
 def test_cheaper_arithmetic_keeps_the_direction():
     single = build("resnet18", clips=16, px=64, dtype=torch.float32)
     encoder, cmw, optimizer, cmw_optimizer, *batch = copy.deepcopy(single)

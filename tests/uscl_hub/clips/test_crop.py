@@ -1,8 +1,6 @@
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
+from helpers import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
@@ -17,8 +15,6 @@ from uscl_hub.clips.crop import (
     sample,
 )
 from uscl_hub.clips.media import decode, find_clips
-
-DATA = Path(os.environ.get("USCL_DATA", Path(__file__).resolve().parents[4] / "shared" / "data"))
 
 
 def screen(movie, top, left, height, width, text="JANE DOE 1970", at=(4, 4), background=0):

@@ -1,14 +1,13 @@
 """embed, search and export on real files, through the command."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+from helpers import DATA
 from PIL import Image
 
 import uscl_hub
@@ -17,8 +16,6 @@ from uscl_hub.cli import main
 from uscl_hub.clips.media import find_clips
 from uscl_hub.clips.read import read_clip
 from uscl_hub.files import locked
-
-DATA = Path(os.environ.get("USCL_DATA", Path(__file__).resolve().parents[4] / "shared" / "data"))
 
 
 @pytest.fixture(scope="module")
