@@ -5,6 +5,7 @@ Without num_classes they are feature extractors, as their checkpoints are: there
 """
 
 from functools import partial
+from pathlib import Path
 
 import torch
 from timm.models import generate_default_cfgs, get_pretrained_cfg, model_entrypoint, register_model
@@ -34,10 +35,11 @@ def _create(name: str, pretrained: bool, **kwargs) -> nn.Module:
         return build(pretrained=False, pretrained_cfg=cfg, **kwargs)
     # Find and check the file before timm reads it, then let timm load it in its own way. Whatever the source, the
     # weights are a safetensors file: timm alone would fall back to unpickling.
-    where = "the given state_dict"
+    where: str | Path = "the given state_dict"
     if cfg.state_dict is None:
         where = sources.locate(name, cfg, kwargs.get("cache_dir"))
-        cfg = resolve_pretrained_cfg(name, cfg, {"file": str(where), "source": None})
+        overlay = {"file": str(where), "source": None}
+        cfg = resolve_pretrained_cfg(name, cfg, overlay)  # type: ignore[arg-type]  # timm takes its own class too
         shapes = tensors.read_shapes(where)
     else:
         shapes = {k: tuple(v.shape) for k, v in cfg.state_dict.items()}
@@ -78,7 +80,7 @@ def width(model: nn.Module) -> int:
 
     Some heads (MobileNetV3) widen the pooled features: `num_features` is then not what comes out.
     """
-    return getattr(model, "head_hidden_size", None) or model.num_features
+    return int(getattr(model, "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]
 
 
 def size_arguments(name: str, px: int) -> dict:

@@ -37,8 +37,8 @@ def to_grey(image) -> np.ndarray:
                 )
             array = array.astype(np.uint16)
     elif isinstance(image, torch.Tensor):
-        array = image.detach().cpu()
-        array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+        tensor = image.detach().cpu()
+        array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
         if array.ndim == 3:
             if array.shape[0] not in (1, 3, 4):
                 raise ValueError(

@@ -14,6 +14,7 @@ and an entry:
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 
@@ -97,7 +98,7 @@ def make_cfg(
     }
 
 
-def pretrained_cfgs() -> dict[str, dict]:
+def pretrained_cfgs() -> dict[str, Any]:
     """timm name -> pretrained_cfg of every release, and of every architecture that has none."""
     entries = releases()
     cfgs = {name: _release_cfg(name, entry) for name, entry in entries.items()}
