@@ -4,6 +4,8 @@ import argparse
 import configparser
 import contextlib
 import dataclasses
+import importlib
+import inspect
 import io
 import re
 import runpy
@@ -215,6 +217,14 @@ def test_the_test_command_is_what_ci_runs():
 
 
 # --------------------------------------------------------------------------------------------------------- Python
+
+
+@pytest.mark.parametrize("module", ("convert", "deploy", "load", "models", "preprocess", "registry"))
+def test_public_functions_have_examples(module):
+    """pytest runs them (--doctest-modules)."""
+    module = importlib.import_module(f"uscl_hub.{module}")
+    public = {name: f for name, f in vars(module).items() if inspect.isfunction(f) and not name.startswith("_")}
+    assert [n for n, f in public.items() if f.__module__ == module.__name__ and ">>> " not in f.__doc__] == []
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,14 @@ NORMALISATION = {"meta_uscl": (0.18, 0.24), "uscl": (0.5, 0.25)}  # mean, std of
 
 
 def read_pth(path) -> dict[str, torch.Tensor]:
-    """The state dict in a .pth file, read with weights_only=True. Raises CheckpointError."""
+    """The state dict in a .pth file, read with weights_only=True. Raises CheckpointError.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "official.pth"
+    >>> torch.save({"state_dict": {"features.0.weight": torch.zeros(64, 3, 7, 7)}, "epoch": 300}, path)
+    >>> {name: tuple(value.shape) for name, value in read_pth(path).items()}
+    {'features.0.weight': (64, 3, 7, 7)}
+    """
     try:
         check_regular(path)
         content = torch.load(_verified(path), map_location="cpu", weights_only=True)
@@ -95,7 +102,13 @@ def _first_line(error) -> str:
 
 
 def rename(state: dict[str, torch.Tensor], where) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Legacy names -> (timm's names, dropped head names). Raises CheckpointError on an unknown name."""
+    """Legacy names -> (timm's names, dropped head names). Raises CheckpointError on an unknown name.
+
+    >>> state = {"module.features.0.weight": torch.zeros(64, 3, 7, 7), "module.l1.weight": torch.zeros(512, 512)}
+    >>> renamed, dropped = rename(state, "official.pth")
+    >>> list(renamed), dropped
+    (['conv1.weight'], ['l1.weight'])
+    """
     if all(k.startswith("module.") for k in state):  # saved from DataParallel
         state = {k.removeprefix("module."): v for k, v in state.items()}
     renamed, dropped, unknown = {}, [], []
@@ -121,6 +134,13 @@ def convert(source, out, *, normalisation: str | None = None, px: int = 224) -> 
     normalisation: 'meta_uscl' (0.18 / 0.24) or 'uscl' (0.5 / 0.25), what the weights were trained with; by
     default 'uscl' if the file has that older code's `linear` or `fc` head. px: the input size to recommend.
     Raises CheckpointError if a key is unknown or missing, FileExistsError if out exists and is not empty.
+
+    >>> import tempfile, torchvision
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> theirs = torch.nn.Sequential(*list(torchvision.models.resnet18().children())[:-1])
+    >>> torch.save({f"features.{name}": value for name, value in theirs.state_dict().items()}, folder / "official.pth")
+    >>> convert(folder / "official.pth", folder / "ours")["architecture"]
+    'resnet18'
     """
     state, dropped = rename(read_pth(source), source)
     model = _closest(state)

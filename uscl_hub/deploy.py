@@ -21,6 +21,11 @@ def export(what: str, output, *, format: str, name: str = "meta_uscl_resnet18", 
     format: 'onnx' or 'torch-export'. frames: an image, video, DICOM file or folder to check on, by default
     synthetic speckle. Returns the largest difference from eager. Raises CheckpointError, leaving no file, if it
     is too large.
+
+    >>> import tempfile
+    >>> result = export("meta_uscl_resnet18", Path(tempfile.mkdtemp()) / "backbone.pt2", format="torch-export")
+    >>> result["max_difference"] < 1e-4, result["source"]
+    (True, 'synthetic')
     """
     output = Path(output)
     name, checkpoint = sources.split(what, name)

@@ -10,7 +10,11 @@ from uscl_hub.tensors import check_sha256
 
 
 def is_repo_id(text: str) -> bool:
-    """Whether text has the form org/name."""
+    """Whether text has the form org/name.
+
+    >>> is_repo_id("org/name"), is_repo_id("runs/demo/export")
+    (True, False)
+    """
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None and ".." not in text
 
 

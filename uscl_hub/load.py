@@ -39,6 +39,13 @@ def load_meta_uscl_backbone(
     input.
     Raises CheckpointError, naming the file, if weights are missing, damaged or do not fit; ValueError for
     contradictory arguments.
+
+    >>> model = load_meta_uscl_backbone("meta_uscl_resnet18")
+    >>> model(torch.zeros(2, 3, 64, 64)).shape
+    torch.Size([2, 512])
+    >>> maps = load_meta_uscl_backbone("meta_uscl_resnet18", features_only=True)
+    >>> [tuple(m.shape[1:]) for m in maps(torch.zeros(1, 3, 64, 64))]
+    [(64, 32, 32), (64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2)]
     """
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):

@@ -53,25 +53,41 @@ def _create(name: str, pretrained: bool, **kwargs) -> nn.Module:
 
 @register_model
 def meta_uscl_resnet18(pretrained: bool = False, **kwargs) -> nn.Module:
-    """ResNet-18 pretrained on ultrasound video with Meta-USCL: 512 features, 11.2 M parameters."""
+    """ResNet-18 pretrained on ultrasound video with Meta-USCL: 512 features, 11.2 M parameters.
+
+    >>> meta_uscl_resnet18()(torch.zeros(2, 3, 64, 64)).shape
+    torch.Size([2, 512])
+    """
     return _create("meta_uscl_resnet18", pretrained, **kwargs)
 
 
 @register_model
 def meta_uscl_resnet34(pretrained: bool = False, **kwargs) -> nn.Module:
-    """ResNet-34 pretrained on ultrasound video with Meta-USCL: 512 features, 21.3 M parameters."""
+    """ResNet-34 pretrained on ultrasound video with Meta-USCL: 512 features, 21.3 M parameters.
+
+    >>> meta_uscl_resnet34()(torch.zeros(2, 3, 64, 64)).shape
+    torch.Size([2, 512])
+    """
     return _create("meta_uscl_resnet34", pretrained, **kwargs)
 
 
 @register_model
 def meta_uscl_resnet50(pretrained: bool = False, **kwargs) -> nn.Module:
-    """ResNet-50 pretrained on ultrasound video with Meta-USCL: 2048 features, 23.5 M parameters."""
+    """ResNet-50 pretrained on ultrasound video with Meta-USCL: 2048 features, 23.5 M parameters.
+
+    >>> meta_uscl_resnet50()(torch.zeros(2, 3, 64, 64)).shape
+    torch.Size([2, 2048])
+    """
     return _create("meta_uscl_resnet50", pretrained, **kwargs)
 
 
 @register_model
 def meta_uscl_efficientnet_lite0(pretrained: bool = False, **kwargs) -> nn.Module:
-    """EfficientNet-Lite0 pretrained on ultrasound video with Meta-USCL: 1280 features, 3.4 M parameters."""
+    """EfficientNet-Lite0 pretrained on ultrasound video with Meta-USCL: 1280 features, 3.4 M parameters.
+
+    >>> meta_uscl_efficientnet_lite0()(torch.zeros(2, 3, 64, 64)).shape
+    torch.Size([2, 1280])
+    """
     return _create("meta_uscl_efficientnet_lite0", pretrained, **kwargs)
 
 
@@ -79,11 +95,18 @@ def width(model: nn.Module) -> int:
     """Features that a timm model without classifier gives for an image.
 
     Some heads (MobileNetV3) widen the pooled features: `num_features` is then not what comes out.
+
+    >>> width(meta_uscl_resnet18())
+    512
     """
     return int(getattr(model, "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]
 
 
 def size_arguments(name: str, px: int) -> dict:
-    """What timm.create_model must be told of inputs of px pixels: vision transformers are built for one size."""
+    """What timm.create_model must be told of inputs of px pixels: vision transformers are built for one size.
+
+    >>> size_arguments("vit_tiny_patch16_224", 112), size_arguments("meta_uscl_resnet18", 112)
+    ({'img_size': 112}, {})
+    """
     cfg = get_pretrained_cfg(registry.plain_name(name), allow_unregistered=True)
     return {"img_size": px} if px and cfg is not None and cfg.fixed_input_size else {}

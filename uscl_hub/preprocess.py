@@ -22,6 +22,9 @@ def to_grey(image) -> np.ndarray:
     PIL's convert('L') (alpha is ignored), 16 bit becomes 8 bit by rounding x / 257.
     Raises TypeError for anything that is not an image and ValueError for a wrong shape, dtype or range, or
     NaN.
+
+    >>> to_grey(np.array([[[255, 0, 0], [0, 255, 0]]], np.uint8))
+    array([[ 76, 150]], dtype=uint8)
     """
     if isinstance(image, Image.Image):
         if image.mode == "L":
@@ -88,6 +91,9 @@ def resize(grey: np.ndarray, size: int) -> np.ndarray:
     """uint8 (H, W) -> uint8 (size, size): PIL's antialiased bilinear filter, aspect ratio not kept.
 
     The same pixels as torchvision's Resize((size, size)) of a PIL 'L' image.
+
+    >>> resize(np.array([[0, 100], [100, 200]], np.uint8), 1)
+    array([[100]], dtype=uint8)
     """
     if grey.dtype != np.uint8 or grey.ndim != 2:
         raise ValueError(
@@ -102,6 +108,9 @@ def normalise(grey: np.ndarray, in_chans: int = 3, mean=MEAN, std=STD) -> torch.
     """uint8 (..., H, W) -> float32 (..., in_chans, H, W): (x / 255 - mean) / std.
 
     mean, std: a number, or one number a channel. Raises ValueError if they do not fit in_chans.
+
+    >>> normalise(np.full((4, 4), 255, np.uint8)).shape
+    torch.Size([3, 4, 4])
     """
     if grey.dtype != np.uint8:
         raise ValueError(f"normalise expects uint8, got {grey.dtype}")
@@ -120,6 +129,10 @@ def create_transform(model_or_cfg, size: int | None = None, in_chans: int | None
     input_size. in_chans: default the channels of the model's first convolution, else the cfg's.
     The callable takes one image (see `to_grey`) and returns float32 (in_chans, size, size).
     Raises ValueError if the cfg lacks what is needed.
+
+    >>> transform = create_transform({"input_size": (3, 64, 64), "mean": (0.18,) * 3, "std": (0.24,) * 3})
+    >>> transform(np.zeros((300, 400), np.uint8)).shape
+    torch.Size([3, 64, 64])
     """
     cfg = getattr(model_or_cfg, "pretrained_cfg", model_or_cfg)
     if hasattr(cfg, "to_dict"):

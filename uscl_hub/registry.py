@@ -48,23 +48,43 @@ DEFAULT = "meta_uscl_resnet18"
 
 
 def plain_name(name: str) -> str:
-    """timm's architecture of a model name: 'meta_uscl_resnet18.nc' -> 'resnet18', 'vit_tiny.x' -> 'vit_tiny'."""
+    """timm's architecture of a model name: 'meta_uscl_resnet18.nc' -> 'resnet18', 'vit_tiny.x' -> 'vit_tiny'.
+
+    >>> plain_name("meta_uscl_resnet18.nc"), plain_name("vit_tiny_patch16_224")
+    ('resnet18', 'vit_tiny_patch16_224')
+    """
     architecture = name.partition(".")[0]
     return ARCHITECTURES[architecture].timm if architecture in ARCHITECTURES else architecture
 
 
 def our_name(architecture: str) -> str:
-    """The reverse: 'resnet18' -> 'meta_uscl_resnet18'; what is none of ours stays as it is."""
+    """The reverse: 'resnet18' -> 'meta_uscl_resnet18'; what is none of ours stays as it is.
+
+    >>> our_name("resnet18"), our_name("convnext_atto")
+    ('meta_uscl_resnet18', 'convnext_atto')
+    """
     return next((name for name, ours in ARCHITECTURES.items() if ours.timm == architecture), architecture)
 
 
 def releases() -> dict[str, dict]:
-    """Released checkpoints by timm name ('meta_uscl_resnet18.<tag>'), in order of preference."""
+    """Released checkpoints by timm name ('meta_uscl_resnet18.<tag>'), in order of preference.
+
+    >>> name, release = next(iter(releases().items()))
+    >>> name.startswith("meta_uscl_"), release["px"] > 0, len(release["sha256"])
+    (True, True, 64)
+    """
     return json.loads((WEIGHTS / "registry.json").read_text(encoding="utf-8"))
 
 
 def provenance(name: str) -> dict | None:
-    """What weights/NAME.json says of a release's training: method, config, sources, manifest, ...; None without it."""
+    """What weights/NAME.json says of a release's training: method, config, sources, manifest, ...; None without it.
+
+    >>> known = provenance(next(iter(releases())))
+    >>> sorted({"method", "steps", "sources", "groups"} & set(known))
+    ['groups', 'method', 'sources', 'steps']
+    >>> provenance("meta_uscl_resnet18.absent") is None
+    True
+    """
     path = WEIGHTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if name in releases() and path.is_file() else None
 
@@ -76,6 +96,10 @@ def make_cfg(
 
     What is left out of one, timm would fill in from its own checkpoint's. architecture: timm's name; px: pixels of a
     side; mean, std: of images in [0, 1], the same in all channels; extra: further keys, or other values.
+
+    >>> cfg = make_cfg(112)
+    >>> cfg["input_size"], cfg["mean"], cfg["interpolation"]
+    ((3, 112, 112), (0.18, 0.18, 0.18), 'bilinear')
     """
     timms = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
     return {
@@ -99,7 +123,11 @@ def make_cfg(
 
 
 def pretrained_cfgs() -> dict[str, Any]:
-    """timm name -> pretrained_cfg of every release, and of every architecture that has none."""
+    """timm name -> pretrained_cfg of every release, and of every architecture that has none.
+
+    >>> pretrained_cfgs()["meta_uscl_resnet34"]["input_size"]
+    (3, 64, 64)
+    """
     entries = releases()
     cfgs = {name: _release_cfg(name, entry) for name, entry in entries.items()}
     released = {name.partition(".")[0] for name in entries}
