@@ -3,7 +3,7 @@
 step     a Meta-USCL step, exact and with its cheaper options, over a plain SimCLR step and over double backward
 memory   peak memory of those steps, each in a process of its own
 accuracy cosines of the cheaper meta-gradients to the exact float32 one, in a training on clips
-loader   the loader against the step's appetite; the share of a real training that waits for data
+loader   batches loaded / batches consumed; the share of a real training that waits for data
 ingest   ingest into the frame cache over plain decoding in as many processes
 embed    `uscl-hub embed` over the bare model's forward
 load     import and load of a pretrained model over timm's own
@@ -348,7 +348,7 @@ def free_memory():
 
 
 def step_peak(name, model, px, batch, device):
-    """MiB that a step needs at its peak beyond what the process, networks and optimisers had after a tiny step."""
+    """MiB that a step needs at its peak beyond what the process, networks and optimizers had after a tiny step."""
     settings, device = Settings(model=model, batch=batch), torch.device(device)
     p = problem(name, settings, 32, device, batch=2)
     STEPS[name](p)
@@ -390,7 +390,7 @@ def accuracy(settings, device, folder):
 
 
 def meta_gradient(step, p):
-    """What `step` would give CMW-Net's optimiser; nothing of the problem changes."""
+    """What `step` would give CMW-Net's optimizer; nothing of the problem changes."""
     p = copy.deepcopy(p)
     step(p)
     return torch.cat([w.grad.flatten() for w in p.cmw.parameters()])
@@ -441,11 +441,13 @@ def loader(settings, device, folder):
 
     seconds = take_turns({"load": load, "plain": partial(plain, p), "exact": partial(meta, p)}, settings, device)
     speed = 4 * settings.batch * loops / statistics.median(seconds["load"])
-    # a plain step eats half of what load() makes
-    yield Row("loader", "speed / appetite of plain", px, 2 * loops * ratio(seconds, "plain", "load"), ">= 1")
+    # a plain step takes half of what load() makes
+    yield Row(
+        "loader", "batches loaded / consumed by plain steps", px, 2 * loops * ratio(seconds, "plain", "load"), ">= 1"
+    )
     yield Row(
         "loader",
-        "speed / appetite of exact",
+        "batches loaded / consumed by exact steps",
         px,
         loops * ratio(seconds, "exact", "load"),
         ">= 1",

@@ -165,15 +165,15 @@ def finetune(
     """Train the last block and a head on activations that enter it, or (last=False) everything on images with random
     horizontal flips. Returns the last epoch's probabilities of `test`, float (M, classes).
 
-    With last this is the paper's 'last_three': the same parameters, optimiser and schedule as in the authors' code;
+    With last this is the paper's 'last_three': the same parameters, optimizer and schedule as in the authors' code;
     but the frozen part stays in eval mode, images are not augmented, and no epoch is chosen by the test fold.
     """
     prepare = (lambda x: x.to(device)) if last else (lambda x: to_input(x, backbone).to(device))
     with torch.random.fork_rng(devices=[]), FastWeightGradients():
         torch.manual_seed(seed)
         model = _Classifier(backbone.model, classes, last).to(device, memory_format=torch.channels_last).train()
-        optimiser = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=1e-4)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe.epochs)
+        optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
         target = torch.from_numpy(labels).to(device)
         for _ in range(recipe.epochs):
             # equal batches of at most recipe.batch: batch normalisation has no statistics of a left-over frame
@@ -182,9 +182,9 @@ def finetune(
                 if not last:
                     x = torch.where(torch.rand(len(x), 1, 1, 1).to(device) < 0.5, x.flip(-1), x)
                 loss = F.cross_entropy(model(x), target[index.to(device)])
-                optimiser.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                optimiser.step()
+                optimizer.step()
             schedule.step()
     model.eval()
     with torch.inference_mode():

@@ -171,10 +171,10 @@ def train(
     with torch.random.fork_rng(devices=[]), FastWeightGradients():
         torch.manual_seed(seed)
         model = build(head, backbone, recipe.px).to(device, memory_format=torch.channels_last).train()
-        optimiser = torch.optim.Adam(model.parameters(), lr=recipe.lr)
+        optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr)
         batches = -(-len(images) // recipe.batch)  # equal ones: batch normalisation needs more than one image
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, recipe.lr, total_steps=max(2, recipe.epochs * batches)
+            optimizer, recipe.lr, total_steps=max(2, recipe.epochs * batches)
         )
         for _ in range(recipe.epochs):
             for index in torch.randperm(len(images)).tensor_split(batches):
@@ -183,9 +183,9 @@ def train(
                 flip = (torch.rand(len(x), 1, 1) < 0.5).to(device)
                 x, mask = torch.where(flip[:, None], x.flip(-1), x), torch.where(flip, mask.flip(-1), mask)
                 loss = _loss(head, model, x, mask)
-                optimiser.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                optimiser.step()
+                optimizer.step()
                 schedule.step()
     if not torch.isfinite(loss):
         raise EvaluationError(f"{head} on {backbone.name} diverged: lower --segment.lr")

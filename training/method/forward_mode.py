@@ -49,7 +49,7 @@ def recorded(network, x, params=None):
 
 @contextlib.contextmanager
 def same_random_numbers(tape):
-    """Dropout and the like draw again what they drew in the tape's pass; outside, the generators are as before."""
+    """Replays the random state recorded in the tape's pass (dropout); afterwards the generators are as before."""
     device, state = tape.rng
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
