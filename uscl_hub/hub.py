@@ -6,6 +6,7 @@ from pathlib import Path
 
 from uscl_hub.checkpoints import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, check_folder
 from uscl_hub.errors import CheckpointError
+from uscl_hub.files import check_regular
 from uscl_hub.tensors import check_sha256
 
 
@@ -27,11 +28,12 @@ def fetch(repo: str, filename: str, revision: str | None = None, cache_dir=None)
     from huggingface_hub.utils import HFValidationError
 
     what = f"{repo}{f'@{revision}' if revision else ''}/{filename}"
+    _check_token(what)
     try:
         path = Path(hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir, library_name="uscl-hub"))
     except HFValidationError as error:
         raise CheckpointError(f"{what}: not a Hub id of the form org/name ({error})") from error
-    except _transport_errors() as error:
+    except (*_transport_errors(), ValueError) as error:
         raise CheckpointError(f"{what}: {_explain(error)}") from error
     blob = path.resolve()
     if re.fullmatch("[0-9a-f]{64}", blob.name):
@@ -58,9 +60,10 @@ def push(folder, repo: str, *, private: bool = False, revision: str | None = Non
     folder = Path(folder)
     if not is_repo_id(repo):
         raise CheckpointError(f"{repo}: not a Hub id of the form org/name")
+    for name in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME):
+        _check_own(folder, name)
     check_folder(folder)
-    if not (folder / CARD_NAME).is_file():
-        raise CheckpointError(f"{folder / CARD_NAME}: no such file. A checkpoint is not shared without its model card")
+    _check_token(repo)
     files = [CommitOperationAdd(name, str(folder / name)) for name in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME)]
     api = HfApi(library_name="uscl-hub")
     try:
@@ -70,6 +73,32 @@ def push(folder, repo: str, *, private: bool = False, revision: str | None = Non
         raise CheckpointError(f"{repo}: {_explain(error)}") from error
     except ValueError as error:  # the Hub's own check of the card's YAML header
         raise CheckpointError(f"{folder / CARD_NAME}: {error}") from error
+
+
+def _check_own(folder: Path, name: str) -> None:
+    """Raise CheckpointError unless the name is that of a regular file which lies in the folder itself."""
+    path = folder / name
+    try:
+        check_regular(path)
+    except FileNotFoundError:
+        why = "A checkpoint is not shared without its model card" if name == CARD_NAME else "It belongs to an export"
+        raise CheckpointError(f"{path}: no such file. {why}") from None
+    except OSError as error:
+        raise CheckpointError(str(error)) from None
+    if path.resolve().parent != folder.resolve():
+        raise CheckpointError(f"{path}: is a link that leads out of the folder. Put the file itself there to share it")
+
+
+def _check_token(what: str) -> None:
+    """Raise CheckpointError if the token cannot be sent: the HTTP library would speak of a codec."""
+    from huggingface_hub import get_token
+
+    odd = [c for c in get_token() or "" if not "!" <= c <= "~"]
+    if odd:
+        raise CheckpointError(
+            f"{what}: the Hub's token holds the character {odd[0]!a}, which no token has. Set HF_TOKEN again, or log "
+            "in again with `hf auth login`"
+        )
 
 
 def _transport_errors() -> tuple:
@@ -101,4 +130,6 @@ def _explain(error) -> str:
         return "the repository has no such file. It is not an export of ours: check the name and revision"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set. Unset it to use the Hub"
+    if isinstance(error, ValueError):
+        return f"cannot be asked for at {constants.ENDPOINT!r} ({error}). Check HF_ENDPOINT and the proxy's settings"
     return f"the transfer failed ({type(error).__name__}: {str(error).strip() or 'no detail'}). Try again"

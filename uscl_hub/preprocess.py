@@ -104,37 +104,42 @@ def resize(grey: np.ndarray, size: int) -> np.ndarray:
     return np.array(Image.fromarray(grey).resize((size, size), Image.Resampling.BILINEAR))
 
 
-def normalise(grey: np.ndarray, in_chans: int = 3, mean=MEAN, std=STD) -> torch.Tensor:
-    """uint8 (..., H, W) -> float32 (..., in_chans, H, W): (x / 255 - mean) / std.
+def normalise(grey: np.ndarray, in_chans: int = 3, mean=MEAN, std=STD, dtype: torch.dtype | None = None):
+    """uint8 (..., H, W) -> float tensor (..., in_chans, H, W): (x / 255 - mean) / std, calculated in float32.
 
-    mean, std: a number, or one number a channel. Raises ValueError if they do not fit in_chans.
+    mean, std: a number, or one number a channel. dtype: of the tensor, by default torch's default dtype, as that of
+    new networks. Raises ValueError if mean or std do not fit in_chans.
 
     >>> normalise(np.full((4, 4), 255, np.uint8)).shape
     torch.Size([3, 4, 4])
     """
+    dtype = dtype or torch.get_default_dtype()
     if grey.dtype != np.uint8:
         raise ValueError(f"normalise expects uint8, got {grey.dtype}")
     x = torch.from_numpy(grey.astype(np.float32)).div_(255).unsqueeze(-3)
     if np.ndim(mean) == 0 and np.ndim(std) == 0:  # all channels are equal: do the arithmetic once
         x = x.sub_(mean).div_(std)
-        return x.expand(*x.shape[:-3], in_chans, *x.shape[-2:]).contiguous()
+        return x.expand(*x.shape[:-3], in_chans, *x.shape[-2:]).contiguous().to(dtype)
     mean, std = (torch.tensor(v, dtype=torch.float32).expand(in_chans).view(-1, 1, 1) for v in (mean, std))
-    return x.sub(mean).div_(std)
+    return x.sub(mean).div_(std).to(dtype)
 
 
 def create_transform(model_or_cfg, size: int | None = None, in_chans: int | None = None):
     """The preprocessing that a model expects, as a picklable callable.
 
-    model_or_cfg: a timm model, or its pretrained_cfg. size: pixels of the square input, default the cfg's
-    input_size. in_chans: default the channels of the model's first convolution, else the cfg's.
-    The callable takes one image (see `to_grey`) and returns float32 (in_chans, size, size).
+    model_or_cfg: a timm model, also compiled, parallel, quantised, with hooks or inside of another module; or its
+    pretrained_cfg, which an exported or scripted module has not kept. size: pixels of the square input, default the
+    cfg's input_size. in_chans: default the channels of the model's first convolution, else the cfg's.
+    The callable takes one image (see `to_grey`) and returns (in_chans, size, size), in float32 unless the model's
+    weights are float64.
     Raises ValueError if the cfg lacks what is needed.
 
     >>> transform = create_transform({"input_size": (3, 64, 64), "mean": (0.18,) * 3, "std": (0.24,) * 3})
     >>> transform(np.zeros((300, 400), np.uint8)).shape
     torch.Size([3, 64, 64])
     """
-    cfg = getattr(model_or_cfg, "pretrained_cfg", model_or_cfg)
+    model = model_or_cfg if isinstance(model_or_cfg, torch.nn.Module) else None
+    cfg = getattr(model_or_cfg, "pretrained_cfg", model_or_cfg) if model is None else _find_cfg(model)
     if hasattr(cfg, "to_dict"):
         cfg = cfg.to_dict()
     if not isinstance(cfg, dict):
@@ -147,22 +152,35 @@ def create_transform(model_or_cfg, size: int | None = None, in_chans: int | None
             raise ValueError("the pretrained_cfg has no input_size: pass size=")
         size = input_size[-1]
     if in_chans is None:
-        in_chans = _first_conv_channels(model_or_cfg, cfg) or (input_size[0] if input_size else 3)
+        in_chans = _channels(model, cfg) or (input_size[0] if input_size else 3)
     mean, std = (_per_channel(cfg.get(key, default), in_chans, key) for key, default in (("mean", MEAN), ("std", STD)))
-    return partial(_preprocess, size=size, in_chans=in_chans, mean=mean, std=std)
+    double = any(p.dtype == torch.float64 for p in model.parameters()) if model is not None else False
+    dtype = torch.float64 if double else torch.float32
+    return partial(_preprocess, size=size, in_chans=in_chans, mean=mean, std=std, dtype=dtype)
 
 
-def _preprocess(image, *, size, in_chans, mean, std) -> torch.Tensor:
-    return normalise(resize(to_grey(image), size), in_chans, mean, std)
+def _preprocess(image, *, size, in_chans, mean, std, dtype=torch.float32) -> torch.Tensor:
+    return normalise(resize(to_grey(image), size), in_chans, mean, std, dtype)
 
 
-def _first_conv_channels(model, cfg: dict) -> int | None:
-    name = cfg.get("first_conv")
-    if not isinstance(model, torch.nn.Module) or not isinstance(name, str):
-        return None
-    # features_only wrappers join nested names by '_' or keep them; ours are not nested
-    conv = dict(model.named_modules()).get(name)
-    return getattr(conv, "in_channels", None)
+def _find_cfg(model: torch.nn.Module):
+    """The pretrained_cfg of a model, or of the first module in it that has one: wrappers come and go."""
+    found = (getattr(module, "pretrained_cfg", None) for module in model.modules())
+    return next((cfg for cfg in found if isinstance(cfg, dict) or hasattr(cfg, "to_dict")), None)
+
+
+def _channels(model: torch.nn.Module | None, cfg: dict) -> int | None:
+    """Input channels of the convolution that the cfg names, whatever wrappers put before the name, or of the first."""
+    modules = {} if model is None else dict(model.named_modules())
+    convolutions = {name: m for name, m in modules.items() if isinstance(getattr(m, "in_channels", None), int)}
+    first = cfg.get("first_conv")
+    first = first[0] if isinstance(first, (list, tuple)) and first else first
+    if isinstance(first, str):
+        spellings = (first, first.replace(".", "_"))  # wrappers for feature maps join names by _
+        for name, module in convolutions.items():
+            if any(name == spelling or name.endswith(f".{spelling}") for spelling in spellings):
+                return module.in_channels
+    return next((module.in_channels for module in convolutions.values()), None)
 
 
 def _per_channel(value, in_chans: int, key: str):
