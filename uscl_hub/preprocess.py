@@ -144,7 +144,8 @@ def create_transform(model_or_cfg, size: int | None = None, in_chans: int | None
         cfg = cfg.to_dict()
     if not isinstance(cfg, dict):
         raise ValueError(
-            f"{type(model_or_cfg).__name__} has no pretrained_cfg: pass a timm model or its pretrained_cfg"
+            f"{type(model_or_cfg).__name__} has no pretrained_cfg: pass a timm model or its pretrained_cfg (of an "
+            "exported, traced or rewritten network that of the model it was made of, with in_chans=)"
         )
     input_size = cfg.get("input_size")
     if size is None:

@@ -6,8 +6,11 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 
 import fresh
 import pytest
@@ -15,7 +18,9 @@ import timm
 import torch
 from helpers import ROOT
 
-from uscl_hub import checkpoints, models
+from uscl_hub import checkpoints, models, sources
+from uscl_hub.errors import CheckpointError
+from uscl_hub.hub import push
 
 CARD = "---\nlibrary_name: timm\n---\n# card\n"
 
@@ -328,8 +333,6 @@ load(checkpoint="org/always")
 
 
 def test_release_on_the_hub_is_checked_against_the_registry(hub, export, tmp_path):
-    import shutil
-
     hub.add("org/release", files(export))
     shutil.copytree(ROOT / "uscl_hub", tmp_path / "p/uscl_hub", ignore=shutil.ignore_patterns("__pycache__"))
     entry = {"file": None, "px": 72, "licence": "cc-by-4.0", "hub_id": "org/release"}
@@ -379,3 +382,116 @@ load(checkpoint="org/new")  # and back again
     result = client(hub, tmp_path, code, export, "org/new2")
     assert result.returncode == 1 and "hf auth login" in result.stderr and "Traceback" not in result.stderr
     assert "org/new2" not in hub.repos
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["file", "folder", "chain", "pipe", "device"])
+def test_push_sends_nothing_from_elsewhere(hub, export, tmp_path, monkeypatch, name, kind):
+    """What a link leads to outside of the folder, and what is no file, stays here; nothing at all is sent."""
+    folder, outside = tmp_path / "out", tmp_path / "outside"
+    shutil.copytree(export, folder)
+    outside.mkdir()
+    (folder / name).rename(outside / "private")
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    elif kind == "chain":
+        (folder / "inside").symlink_to(outside / "private")
+        (folder / name).symlink_to("inside")
+    else:
+        target = {"file": outside / "private", "folder": outside, "device": "/dev/zero"}[kind]
+        (folder / name).symlink_to(target)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda **kwargs: pytest.fail("the Hub was asked"))
+    with pytest.raises(CheckpointError, match=f"{name}: is a"):
+        push(folder, "org/new")
+
+
+def test_push_of_links_within_the_folder(export, tmp_path, monkeypatch):
+    sent = {}
+
+    class Api:
+        def __init__(self, **kwargs):
+            pass
+
+        def create_repo(self, *arguments, **kwargs):
+            pass
+
+        def create_commit(self, repo, files, **kwargs):
+            sent.update({file.path_in_repo: Path(file.path_or_fileobj).read_bytes() for file in files})
+            return SimpleNamespace(commit_url="https://hub/org/new")
+
+    shutil.copytree(export, tmp_path / "out")
+    (tmp_path / "out/README.md").rename(tmp_path / "out/card.md")
+    (tmp_path / "out/README.md").symlink_to("card.md")
+    (tmp_path / "link").symlink_to("out")
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert push(tmp_path / "link", "org/new") == "https://hub/org/new"
+    assert sent == files(export)
+
+
+@pytest.mark.parametrize("token", ["hf_abc\u2026", "hf_\u00e4", "hf_abc def", "\u201chf_abc\u201d", "hf_\x07"])
+def test_a_token_that_cannot_be_one(hub, export, tmp_path, token):
+    code = (
+        ERRORS
+        + """
+error("token", "HF_TOKEN", "hf auth login", checkpoint="org/good")
+from uscl_hub.cli import main
+assert main(["push", sys.argv[1], "org/new"]) == 1 and main(["info", "org/good"]) == 1
+"""
+    )
+    hub.log.clear()
+    result = client(hub, tmp_path, code, export, HF_TOKEN=token)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("uscl-hub: ")]
+    assert len(lines) == 2 and all("HF_TOKEN" in line for line in lines) and hub.log == []
+
+
+@pytest.mark.parametrize("endpoint", ["nonsense", "http://", "ftp://127.0.0.1:9", "http://a b"])
+def test_an_endpoint_that_is_none(hub, tmp_path, endpoint):
+    code = ERRORS + 'error("org/good", checkpoint="org/good")'
+    result = client(hub, tmp_path, code, HF_ENDPOINT=endpoint)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("path", ["runs/export", "runs/gone", "./org/name", "org/model.safetensors", "~/x", "/a/b"])
+def test_the_hub_is_never_asked_for_a_path(hub, tmp_path, path):
+    (tmp_path / "runs").mkdir()
+    code = """
+import pathlib
+def refused(what, **more):
+    try: load(checkpoint=what, **more)
+    except (uscl_hub.checkpoints.CheckpointError, ValueError) as e: return str(e)
+    raise SystemExit("loaded")
+path = sys.argv[1]
+assert path in refused(path) and path.lstrip("./") in refused(pathlib.Path(path))
+refused(pathlib.Path("org/name"))
+from uscl_hub.cli import main
+assert main(["verify", path]) == main(["info", path]) == main(["export", path, "-o", "x", "--format", "onnx"]) == 1
+"""
+    hub.log.clear()
+    result = client(hub, tmp_path, code, path)
+    assert result.returncode == 0, result.stderr
+    assert hub.log == []
+
+
+def test_a_checkpoint_found_again_from_elsewhere(export, tmp_path, monkeypatch):
+    shutil.copytree(export, tmp_path / "runs/export")
+    monkeypatch.chdir(tmp_path)
+    found = sources.settle("runs/export")
+    monkeypatch.chdir("/")
+    assert found == str(tmp_path / "runs/export") and sources.find(found).folder == tmp_path / "runs/export"
+    for other in (None, "nc", "meta_uscl_resnet18.nc", "org/name", "hf-hub:org/name"):
+        assert sources.settle(other) == other
+
+
+def test_a_repository_beyond_doubt(hub, export, tmp_path):
+    first = hub.add("runs/export", files(export))
+    hub.add("runs/export", files(make_export(tmp_path / "newer", 2)))
+    (tmp_path / "runs").mkdir()  # which "runs/export" would be taken to be in
+    code = """
+a = load(checkpoint="hf-hub:runs/export@" + sys.argv[1])
+b = load(checkpoint="hf-hub:runs/export", revision=sys.argv[1])
+assert torch.equal(a.conv1.weight, b.conv1.weight)
+assert not torch.equal(a.conv1.weight, load(checkpoint="hf-hub:runs/export").conv1.weight)
+"""
+    result = client(hub, tmp_path, code, first)
+    assert result.returncode == 0, result.stderr

@@ -1,6 +1,7 @@
 """One definition of preprocessing: every kind of image, against PIL, torchvision and timm."""
 
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.nn.utils import prune
 from torchvision.transforms import Resize
 
 import uscl_hub
@@ -119,3 +121,76 @@ def test_transform_follows_the_model():
         uscl_hub.create_transform(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="1 channel"):
         uscl_hub.create_transform(timm.create_model("resnet18", in_chans=1))
+
+
+def grey_model(**options):
+    return timm.create_model("meta_uscl_resnet18", in_chans=1, **options).eval()
+
+
+FEATURES = ("list", "dict", "hook", "fx", "getter")
+
+
+def calibrated(model):
+    model.qconfig = torch.ao.quantization.get_default_qconfig("x86")
+    prepared = torch.ao.quantization.prepare(model)
+    prepared(torch.zeros(1, 1, 64, 64))
+    return torch.ao.quantization.convert(prepared)
+
+
+def pruned(model):
+    prune.l1_unstructured(model.conv1, "weight", 0.5)
+    model.register_forward_hook(lambda *arguments: None)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda: torch.compile(grey_model(), backend="eager"),
+        lambda: torch.nn.DataParallel(grey_model()),
+        lambda: torch.nn.Sequential(grey_model(), torch.nn.Linear(512, 2)),
+        lambda: torch.ao.quantization.quantize_dynamic(grey_model(num_classes=3)),
+        lambda: calibrated(grey_model()),
+        lambda: pruned(grey_model()),
+        lambda: grey_model(scriptable=True, exportable=True),
+        *(
+            partial(grey_model, features_only=True, feature_cls=kind)
+            for kind in ("list", "dict", "hook", "fx", "getter")
+        ),
+        lambda: timm.create_model("meta_uscl_efficientnet_lite0", in_chans=1, features_only=True),
+        lambda: torch.compile(timm.create_model("test_vit", in_chans=1, num_classes=0), backend="eager"),
+        lambda: timm.create_model("test_resnet", in_chans=1).half(),
+    ],
+)
+def test_transform_of_a_model_in_a_wrapper(wrap):
+    x = uscl_hub.create_transform(wrap())(picture((50, 60)))
+    assert x.shape[0] == 1 and x.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transform_of_what_has_lost_its_cfg():
+    model, x = timm.create_model("test_resnet", in_chans=1).eval(), torch.zeros(1, 1, 64, 64)
+    for lost in (torch.export.export(model, (x,)).module(), torch.jit.trace(model, x)):
+        with pytest.raises(ValueError, match="pretrained_cfg .*in_chans="):
+            uscl_hub.create_transform(lost)
+        transform = uscl_hub.create_transform(model.pretrained_cfg, size=64, in_chans=1)
+        assert lost(transform(picture((50, 60)))[None]).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("options", [{}, {"in_chans": 1}, {"num_classes": 3}, {"features_only": True}])
+def test_double_precision_by_default(options):
+    torch.set_default_dtype(torch.float64)
+    try:
+        for model in (
+            timm.create_model("meta_uscl_resnet18", pretrained=True, **options).eval(),
+            uscl_hub.load_meta_uscl_backbone(**options),
+        ):
+            transform = uscl_hub.create_transform(model)
+            out = model(transform(picture((50, 60)))[None])
+            out = out[-1] if isinstance(out, list) else out
+            assert out.dtype == torch.float64 and out.isfinite().all()
+            assert normalise(picture((8, 8))).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert pickle.loads(pickle.dumps(transform))(picture((50, 60))).dtype == torch.float64  # in a worker too
