@@ -53,3 +53,10 @@ def test_a_broken_arrow_is_found(module, line, broken, tmp_path):
     status, said = lint(tmp_path)
     assert status == 1
     assert any(text.startswith(broken) and "BROKEN" in text for text in said.splitlines()), said
+
+
+def test_the_tree_of_tests_is_that_of_the_code():
+    for folder in {
+        path.parent for package in ("uscl_hub", "training") for path in (ROOT / "tests" / package).rglob("*.py")
+    }:
+        assert (ROOT / folder.relative_to(ROOT / "tests") / "__init__.py").is_file(), folder
