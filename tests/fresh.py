@@ -53,8 +53,15 @@ def _forking(*imported) -> subprocess.Popen:
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     process = subprocess.Popen([sys.executable, "-c", FORKING, *imported], env={**env, "OMP_NUM_THREADS": "1"}, **pipes)
-    atexit.register(process.kill)
+    atexit.register(_stop, process)
     return process
+
+
+def _stop(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
 
 
 def run(code: str, *arguments, cwd, env: dict, timm: bool = False) -> subprocess.CompletedProcess:
