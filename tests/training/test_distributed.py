@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 import torch.distributed as dist
@@ -78,10 +79,24 @@ def worker(rank, folder, names):
 NAMES = ("test_convnext", "test_resnet")  # LayerNorm; BatchNorm, with each rank's own statistics
 
 
+RANKS = """
+import os, sys
+sys.path[:0] = sys.argv[1:3]
+import test_distributed as tests
+child = os.fork()
+tests.worker(int(child == 0), sys.argv[3], tests.NAMES)
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker, (str(folder), NAMES), nprocs=WORLD)
+    paths = Path(__file__).parent, ROOT / "tests"
+    done = fresh.run(RANKS, *paths, folder, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, timm=True)
+    assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
