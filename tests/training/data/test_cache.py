@@ -220,6 +220,7 @@ def test_when_all_crash_it_is_not_the_clips_fault(demo, tmp_path, monkeypatch):
 CALL = "from training.data.ingest import ingest; print(len(ingest([{!r}], {!r}, size=32, workers=2, progress=False)))"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how, temporary", [("standard input", ""), ("no guard", ""), ("no guard", "x" * 90)])
 def test_a_script_whose_workers_cannot_start_is_told_once(demo, tmp_path, how, temporary):
     code = CALL.format(str(demo), str(tmp_path / "out"))
@@ -235,6 +236,7 @@ def test_a_script_whose_workers_cannot_start_is_told_once(demo, tmp_path, how, t
     assert done.stderr.count("Error: ") <= 3 and "crashed" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_long_temporary_folder_is_no_obstacle(demo, tmp_path):
     long = tmp_path / ("x" * 100)
     long.mkdir()
@@ -244,6 +246,7 @@ def test_a_long_temporary_folder_is_no_obstacle(demo, tmp_path):
     assert done.stdout.strip() == "10", done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_ingest_at_once_and_keeps_what_is_done(demo, tmp_path, number):
     """While a decoder hangs: the workers do not keep the program from ending."""
