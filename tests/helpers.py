@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from training.data.cache import FrameCache
-from uscl_hub.clips.media import find_clips
+from uscl_hub.clips import find_clips
 
 ROOT = Path(__file__).parents[1]  # the checkout
 DATA = Path(os.environ.get("USCL_DATA", ROOT.parent / "shared" / "data"))  # real clips; may be absent

@@ -22,7 +22,7 @@ from training.data.cache import FrameCache
 from training.data.ingest import ingest
 from uscl_hub import checkpoints, models
 from uscl_hub.checkpoints import CheckpointError
-from uscl_hub.clips.media import find_clips
+from uscl_hub.clips import find_clips
 from uscl_hub.convert import read_pth
 
 COUNT = int(os.environ.get("USCL_FUZZ", 60))

@@ -53,7 +53,7 @@ from training.method.forward_mode import scratch_buffers  # noqa: E402
 from training.method.loss import info_nce  # noqa: E402
 from training.method.networks import CMWNet, Encoder, input_channels  # noqa: E402
 from training.method.step import contrastive_step, meta_step  # noqa: E402
-from uscl_hub.clips.media import UnreadableClip, find_clips, iter_frames  # noqa: E402
+from uscl_hub.clips import UnreadableClip, find_clips, iter_frames  # noqa: E402
 from uscl_hub.features.embed import embed  # noqa: E402
 from uscl_hub.preprocess import normalise  # noqa: E402
 
@@ -517,7 +517,7 @@ def ingesting(settings, device, folder):
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(["uscl_hub.clips.media", "uscl_hub.clips.crop"])  # as ingest does
+        context.set_forkserver_preload(["uscl_hub.clips.decode", "uscl_hub.clips.crop"])  # as ingest does
 
     def decode():
         with ProcessPoolExecutor(workers, context) as pool:

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from uscl_hub.clips import UnreadableClip, iter_frames
 from uscl_hub.clips.crop import SAMPLES, Region, apply_region, detect_region, sample
-from uscl_hub.clips.media import UnreadableClip, iter_frames
 from uscl_hub.files import open_regular
 from uscl_hub.labels import Item, LabelError, Labels, cluster, read_labels
 from uscl_hub.labels.checks import IMAGE_FORMATS, is_close

@@ -91,7 +91,8 @@ def _batch(transform, frames) -> tuple[torch.Tensor, str]:
     if frames is None:
         noise = np.random.default_rng(0).rayleigh(40, (4, 96, 128)).clip(0, 255).astype(np.uint8)
         return torch.stack([transform(frame) for frame in noise]), "synthetic"
-    from uscl_hub.clips.media import UnreadableClip, decode, find_clips
+    from uscl_hub.clips import UnreadableClip, find_clips
+    from uscl_hub.clips.decode import decode
 
     taken = []
     for clip in find_clips([frames])[:8]:

@@ -4,7 +4,7 @@ import pytest
 
 from training.evaluation.datasets import TaskError, load_task
 from training.licensed import link
-from uscl_hub.clips.media import find_clips
+from uscl_hub.clips import find_clips
 
 LICENCES = ("CC BY 4.0", "None", "CC BY-NC 4.0")
 

@@ -47,7 +47,7 @@ model, transform = torch.hub.load({root!r}, 'meta_uscl_backbone', source='local'
 assert model(transform(torch.zeros(30, 40))[None]).shape == (1, 512)
 assert transform(torch.zeros(3, 30, 40)).shape == (1, 72, 72)
 assert {root!r} not in sys.path
-import uscl_hub, uscl_hub.cli, uscl_hub.convert, uscl_hub.clips.media  # later lazy imports
+import uscl_hub, uscl_hub.cli, uscl_hub.convert, uscl_hub.clips.decode  # later lazy imports
 print(uscl_hub.__file__)
 """
 

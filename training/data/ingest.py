@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from training.data import workers as processes
 from training.data.cache import CacheError, FrameCache, read_damage, read_index, unique
-from uscl_hub.clips.crop import before_after_sheet
-from uscl_hub.clips.media import Clip, UnreadableClip, content_hash, find_clips
+from uscl_hub.clips import Clip, UnreadableClip, content_hash, find_clips
+from uscl_hub.clips.pictures import before_after_sheet
 from uscl_hub.clips.read import read_clip
 from uscl_hub.files import InUse, locked, write_json, write_whole
 
@@ -66,7 +66,7 @@ def ingest(
     the usual `if __name__ == '__main__':` guard.
 
     Args:
-        roots: folders or files, see `uscl_hub.clips.media.find_clips`.
+        roots: folders or files, see `uscl_hub.clips.find_clips`.
         size: pixels of the square frames.
         crop: 'crop', 'blank' or 'none', see `uscl_hub.clips.crop`.
         max_frames, stride: of each clip, every stride-th frame and at most so many.

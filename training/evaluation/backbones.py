@@ -131,7 +131,7 @@ def find_leaks(backbone: Backbone, task: Task) -> list[str]:
     """Groups of the task that the backbone was pretrained on: by group id (or its fingerprint) or a file's content.
 
     A group is known as the task names it ('covid_blues/patient_7'), by its aliases ('patient_7') and by the names that
-    uscl_hub.clips.media.find_clips gives its files.
+    uscl_hub.clips.find_clips gives its files.
     """
     known = backbone.provenance or {}
     groups, clips = set(map(str, known.get("groups") or ())), set(known.get("clips") or ())

@@ -6,8 +6,10 @@ from itertools import islice
 
 import numpy as np
 
-from uscl_hub.clips.crop import SAMPLES, Region, apply_region, burned_in_text_suspected, detect_region, sample
-from uscl_hub.clips.media import MAX_BYTES, Clip, UnreadableClip, iter_frames
+from uscl_hub.clips.clip import MAX_BYTES, Clip, UnreadableClip
+from uscl_hub.clips.crop import SAMPLES, Region, apply_region, detect_region, sample
+from uscl_hub.clips.decode import iter_frames
+from uscl_hub.clips.text import burned_in_text_suspected
 from uscl_hub.preprocess import resize
 
 KEEP_BYTES = 512 * 2**20  # decoded frames held at once; longer clips are decoded twice

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 from uscl_hub import __version__
 from uscl_hub.checkpoints import CheckpointError
-from uscl_hub.clips.media import UnreadableClip, content_hash, find_clips
+from uscl_hub.clips import UnreadableClip, content_hash, find_clips
 from uscl_hub.clips.read import Frames, read_clip
 from uscl_hub.files import locked, write_whole
 from uscl_hub.load import load_meta_uscl_backbone

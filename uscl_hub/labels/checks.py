@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from uscl_hub.clips.media import content_hash
+from uscl_hub.clips import content_hash
 from uscl_hub.labels.groups import few_groups
 from uscl_hub.labels.items import Item, LabelError, Labels
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from uscl_hub.clips.media import IMAGE, Clip, find_clips
+from uscl_hub.clips import Clip, find_clips
+from uscl_hub.clips.clip import IMAGE
 from uscl_hub.labels.items import Item, LabelError, Labels
 
 MASK = re.compile(r"(.+)_mask(_\d+)?", re.DOTALL)

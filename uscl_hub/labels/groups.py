@@ -9,7 +9,7 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from uscl_hub.clips.media import UnreadableClip, iter_frames
+from uscl_hub.clips import UnreadableClip, iter_frames
 from uscl_hub.labels.items import Item, LabelError, Labels
 from uscl_hub.preprocess import resize
 

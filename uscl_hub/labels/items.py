@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from uscl_hub.clips.media import Clip, content_hash
+from uscl_hub.clips import Clip, content_hash
 from uscl_hub.errors import UserError
 from uscl_hub.files import sha256
 

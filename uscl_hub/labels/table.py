@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from uscl_hub.clips.media import Clip, find_clips
+from uscl_hub.clips import Clip, find_clips
 from uscl_hub.labels.folder import segmentation
 from uscl_hub.labels.items import Item, LabelError, Labels
 from uscl_hub.labels.rows import read_rows

@@ -16,8 +16,9 @@ from training.data import workers
 from training.data.cache import CacheError, FrameCache
 from training.data.ingest import ingest
 from training.data.simulate import simulate_clip, write_demo, write_video
+from uscl_hub.clips import content_hash, find_clips
 from uscl_hub.clips.crop import apply_region, detect_region
-from uscl_hub.clips.media import content_hash, decode, find_clips
+from uscl_hub.clips.decode import decode
 from uscl_hub.errors import UserError
 from uscl_hub.preprocess import resize
 

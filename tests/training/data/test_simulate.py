@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from training.data.simulate import KINDS, add_interface, simulate_clip, write_demo
+from uscl_hub.clips import find_clips
 from uscl_hub.clips.crop import detect_region
-from uscl_hub.clips.media import decode, find_clips
+from uscl_hub.clips.decode import decode
 
 
 @pytest.mark.parametrize("kind", KINDS)

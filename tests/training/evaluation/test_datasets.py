@@ -13,7 +13,7 @@ from training.data.cache import FrameCache
 from training.data.ingest import ingest
 from training.evaluation import datasets
 from training.evaluation.datasets import TaskError, load_frames, load_task, make_folds
-from uscl_hub.clips.media import find_clips
+from uscl_hub.clips import find_clips
 from uscl_hub.clips.read import read_clip
 
 

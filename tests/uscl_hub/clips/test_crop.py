@@ -6,15 +6,16 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
 from training.data.simulate import simulate_clip
+from uscl_hub.clips import find_clips
 from uscl_hub.clips.crop import (
     Region,
     apply_region,
-    before_after_sheet,
-    burned_in_text_suspected,
     detect_region,
     sample,
 )
-from uscl_hub.clips.media import decode, find_clips
+from uscl_hub.clips.decode import decode
+from uscl_hub.clips.pictures import before_after_sheet
+from uscl_hub.clips.text import burned_in_text_suspected
 
 
 def screen(movie, top, left, height, width, text="JANE DOE 1970", at=(4, 4), background=0):

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from training.data.simulate import simulate_clip, write_video
 from training.engine import validation as probe
 from training.evaluation import backbones, datasets, protocols
 from uscl_hub.cli import main
-from uscl_hub.clips import media
-from uscl_hub.clips.media import Clip, UnreadableClip, decode, find_clips
+from uscl_hub.clips import Clip, UnreadableClip, find_clips
+from uscl_hub.clips.decode import decode
 from uscl_hub.clips.read import read_clip
 from uscl_hub.features.embed import embed
 
@@ -123,10 +124,10 @@ def test_dicom_claims(tmp_path):
 
 def test_limits_on_frames_and_bytes(tmp_path, monkeypatch):
     path = write(tmp_path / "a.mp4", movie(), "mpeg4")
-    monkeypatch.setattr(media, "MAX_BYTES", 4 * 48 * 64)
+    monkeypatch.setattr(sys.modules["uscl_hub.clips.decode"], "MAX_BYTES", 4 * 48 * 64)
     assert "decoded frames" in reason(path)
     assert len(decode(one(path), max_frames=3)[0]) == 3
-    monkeypatch.setattr(media, "MAX_FRAMES", 3)
+    monkeypatch.setattr(sys.modules["uscl_hub.clips.decode"], "MAX_FRAMES", 3)
     assert "more than 3 frames" in reason(path)
 
 
@@ -309,7 +310,7 @@ def test_a_deflated_dicom_bomb(tmp_path, monkeypatch):
     data.PixelData = bytes(1 << 27)
     data.save_as(tmp_path / "b.dcm")
     assert (tmp_path / "b.dcm").stat().st_size < 1 << 18
-    monkeypatch.setattr(media, "MAX_BYTES", 1 << 26)
+    monkeypatch.setattr(sys.modules["uscl_hub.clips.dicom"], "MAX_BYTES", 1 << 26)
     assert "inflates to more than" in reason(tmp_path / "b.dcm")
 
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from uscl_hub.clips import media
-from uscl_hub.clips.media import UnreadableClip, decode, find_clips, iter_frames
+from uscl_hub.clips import UnreadableClip, find_clips, iter_frames
+from uscl_hub.clips.decode import decode
+from uscl_hub.clips.video import video_grey
 
 av = pytest.importorskip("av")
 pydicom = pytest.importorskip("pydicom")
@@ -210,4 +211,4 @@ def test_grey_is_what_ffmpeg_makes_of_it(name):
         frame.color_range, frame.colorspace = color_range, colorspace
         for plane in frame.planes:
             plane.update(rng.integers(0, 4 if "10" in name else 256, plane.buffer_size, dtype=np.uint8).tobytes())
-        assert np.array_equal(media._grey(frame), frame.to_ndarray(format="gray"))
+        assert np.array_equal(video_grey(frame), frame.to_ndarray(format="gray"))

@@ -13,7 +13,7 @@ from PIL import Image
 import uscl_hub
 from uscl_hub import checkpoints, models
 from uscl_hub.cli import main
-from uscl_hub.clips.media import find_clips
+from uscl_hub.clips import find_clips
 from uscl_hub.clips.read import read_clip
 from uscl_hub.files import locked
 
