@@ -1,8 +1,8 @@
 """Old home of what is in `uscl_hub.clips` now, kept for code that imports it."""
 
-from uscl_hub.clips.clip import MAX_BYTES, MAX_FRAMES, MAX_PIXELS, Clip, UnreadableClip
+from uscl_hub.clips.clip import DICOM, IMAGE, MAX_BYTES, MAX_FRAMES, MAX_PIXELS, VIDEO, Clip, UnreadableClip
 from uscl_hub.clips.decode import content_hash, decode, iter_frames
-from uscl_hub.clips.find import DICOM, IMAGE, VIDEO, find_clips
+from uscl_hub.clips.find import find_clips
 
 __all__ = (
     ["MAX_BYTES", "MAX_FRAMES", "MAX_PIXELS", "DICOM", "IMAGE", "VIDEO", "Clip", "UnreadableClip"]

@@ -20,8 +20,8 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from uscl_hub.checkpoints import sha256
 from uscl_hub.clips import Clip, UnreadableClip
+from uscl_hub.clips.clip import IMAGE, VIDEO
 from uscl_hub.clips.decode import decode
-from uscl_hub.clips.find import IMAGE, VIDEO
 from uscl_hub.clips.read import read_clip
 from uscl_hub.errors import UserError
 from uscl_hub.files import write_whole

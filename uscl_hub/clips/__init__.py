@@ -6,6 +6,7 @@ _HOME = {
     "Clip": "clip",
     "UnreadableClip": "clip",
     "find_clips": "find",
+    "Report": "find",
     "content_hash": "decode",
     "iter_frames": "decode",
     "Frames": "read",

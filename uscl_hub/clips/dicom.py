@@ -1,7 +1,13 @@
-"""Frames of a DICOM file, by pydicom. Only pixels and the frame rate are used: no tag is copied, logged or quoted in an
-error."""
+"""Frames of a DICOM file: pydicom, and PyAV for the video codecs.
 
+Only pixels and times are used: no tag is copied, logged or quoted in an error. One frame is in memory at a time; limits
+hold for what is in the file, not for what its tags say.
+"""
+
+import io
 import logging
+import math
+import os
 import warnings
 import zlib
 from contextlib import contextmanager
@@ -10,8 +16,14 @@ from typing import Iterator
 
 import numpy as np
 
-from uscl_hub.clips.clip import MAX_BYTES, MAX_FRAMES, Clip, UnreadableClip, check_pixels
-from uscl_hub.preprocess import to_grey
+from uscl_hub.clips import memory
+from uscl_hub.clips.clip import MAX_BYTES, MAX_FRAMES, Clip, UnreadableClip, check_pixels, opened
+from uscl_hub.clips.dicom_display import dicom_grey, uses_window
+from uscl_hub.clips.dicom_pixels import PixelData
+from uscl_hub.clips.video import stream_frames
+
+_HEADER_BYTES = 256 * 2**20  # read of a file before its pixels
+_VIDEO_CODECS = tuple(f"1.2.840.10008.1.2.4.{number}" for number in range(100, 109))  # MPEG-2, MPEG-4, HEVC
 
 
 @contextmanager
@@ -27,97 +39,185 @@ def _quiet_pydicom():
         logger.disabled = disabled
 
 
-def dicom_frames(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | None]]:
+def dicom_frames(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | None, float | None]]:
+    """Every `stride`-th frame as it would be displayed, frames per second, seconds since the first frame."""
     try:
-        import pydicom
-        from pydicom.pixels import iter_pixels
+        import pydicom  # noqa: F401
     except ImportError as error:
-        raise ImportError("reading DICOM needs pydicom: pip install 'uscl-hub[train]'") from error
+        raise ImportError("reading DICOM needs pydicom: pip install 'uscl-hub[media]'") from error
     path = clip.files[0]
+    with opened(path) as file:
+        with _quiet_pydicom():
+            file, data = _header(file, path)
+            try:
+                if file.tell() >= _size(file):
+                    raise UnreadableClip(path, "a DICOM file without pixel data")
+                check_pixels(path, int(data.Columns), int(data.Rows))
+                uid = data.file_meta.TransferSyntaxUID
+                syntax = uid.name if uid.type else "unknown transfer syntax"  # not the value itself
+                claimed = _claimed_frames(data, path)
+                pixels = PixelData(file, _size(file), data, path, syntax)
+                times, fps = _times(data)
+            except UnreadableClip:
+                raise
+            except Exception as error:
+                kind = type(error).__name__
+                raise UnreadableClip(path, f"DICOM pixel attributes missing or invalid ({kind})") from None
+        if uid.startswith(_VIDEO_CODECS):
+            stream = _stream(pixels, path)
+            frames = ((grey, fps or own, time) for grey, own, time in stream_frames(stream, path, stride, note))
+        else:
+            frames = _frames(pixels, data, claimed, stride, note, times, fps)
+        yield from frames
+
+
+def _frames(pixels: PixelData, data, claimed: int, stride: int, note, times, fps):
+    path, syntax = pixels.path, pixels.syntax
     with _quiet_pydicom():
         try:
-            _check_inflated(path)
-            data = pydicom.dcmread(path)
-        except UnreadableClip:
-            raise
-        except Exception as error:  # its message may quote a tag: only the kind of error is passed on
-            raise UnreadableClip(path, f"not a readable DICOM file ({type(error).__name__})") from None
-        try:
-            if "PixelData" not in data:
-                raise UnreadableClip(path, "a DICOM file without pixel data")
-            check_pixels(path, int(data.Columns), int(data.Rows))
-            frames, fps = _number_of_frames(data), _dicom_fps(data)
-            uid = data.file_meta.TransferSyntaxUID
-            syntax = uid.name if uid.type else "unknown transfer syntax"  # not the value itself
+            count = pixels.count(claimed)
         except UnreadableClip:
             raise
         except Exception as error:
-            raise UnreadableClip(path, f"DICOM pixel attributes missing or invalid ({type(error).__name__})") from None
-        if frames > MAX_FRAMES:
-            raise UnreadableClip(path, f"claims {frames} frames; the limit is {MAX_FRAMES}")
-        pixels = iter_pixels(data, indices=range(0, frames, stride))
-    while True:
+            raise UnreadableClip(path, f"pixel data cannot be decoded ({syntax}, {type(error).__name__})") from None
+    if count > MAX_FRAMES:
+        raise UnreadableClip(path, f"holds {count} frames; the limit is {MAX_FRAMES}")
+    if claimed and count > claimed:
+        note(f"its header says {claimed} frames, {count} are in it")
+    if not uses_window(data):
+        note("its window or rescale values cannot be used: shown without them")
+    for index in range(0, count, stride):
         with _quiet_pydicom():
             try:
-                frame = next(pixels, None)
-                if frame is None:
-                    return
-                grey = _dicom_grey(frame, data)
+                grey = dicom_grey(pixels.frame(index), data, index)
+            except UnreadableClip:
+                raise
             except Exception as error:
                 raise UnreadableClip(path, f"pixel data cannot be decoded ({syntax}, {type(error).__name__})") from None
-        yield grey, fps
+        time = times[index] if times and index < len(times) else index / fps if fps else None
+        yield grey, fps, time
 
 
-def _check_inflated(path: Path):
-    """pydicom inflates a deflated file as a whole: see first how much that gives."""
+def _stream(pixels: PixelData, path: Path) -> io.BytesIO:
+    """The one video that all fragments are parts of."""
+    limit = min(MAX_BYTES, memory.budget() // 4)
+    if pixels.total > limit:
+        size = pixels.total >> 20
+        raise UnreadableClip(path, f"a video of {size} MiB in a DICOM file; the limit is {limit >> 20} MiB")
+    try:
+        return io.BytesIO(b"".join(pixels.fragments()))
+    except UnreadableClip:
+        raise
+    except Exception as error:
+        raise UnreadableClip(path, f"pixel data cannot be decoded ({pixels.syntax}, {type(error).__name__})") from None
+
+
+class _Metered:
+    """A file of which no more than so many bytes are read before `metered` is set to False."""
+
+    def __init__(self, file, path: Path):
+        self.file, self.path, self.left, self.metered = file, path, _HEADER_BYTES, True
+        self.seek, self.tell, self.name = file.seek, file.tell, ""
+        self.size = os.fstat(file.fileno()).st_size
+
+    def read(self, size=-1):
+        if self.metered:
+            self.left -= min(size, self.size) if size >= 0 else self.size
+            if self.left < 0:
+                raise UnreadableClip(self.path, f"more than {_HEADER_BYTES >> 20} MiB before its pixels")
+        return self.file.read(size)
+
+
+def _size(file) -> int:
+    return file.size if isinstance(file, _Metered) else file.getbuffer().nbytes
+
+
+def _header(file, path: Path):
+    """The file and its attributes without the pixel data, at which the file stands then.
+
+    Files without a preamble, and without meta information too, are read where their encoding is plain.
+    """
+    from pydicom import dcmread
+
+    file = _Metered(file, path)
+    try:
+        deflated = _inflated(file, path)
+        if deflated is not None:
+            return deflated
+        file.seek(0)
+        data = dcmread(file, stop_before_pixels=True, force=True, defer_size=2**20)
+        if not data:
+            raise ValueError("no attributes")
+        file.metered = False
+        _complete_meta(data)
+        return file, data
+    except UnreadableClip:
+        raise
+    except Exception as error:  # its message may quote a tag: only the kind of error is passed on
+        raise UnreadableClip(path, f"not a readable DICOM file ({type(error).__name__})") from None
+
+
+def _complete_meta(data):
+    """The transfer syntax that the bytes of a file without meta information are in."""
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    if not getattr(data, "file_meta", None):
+        data.file_meta = FileMetaDataset()
+    if "TransferSyntaxUID" not in data.file_meta:
+        implicit, little = data.original_encoding
+        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        data.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
+
+
+def _inflated(file, path: Path):
+    """As `_header`, of a deflated file, with a limit on what that takes; None if it is not deflated."""
+    from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.filereader import read_dataset, read_preamble
     from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-    with open(path, "rb") as file:
-        read_preamble(file, force=False)
-        meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
-        if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
-            return
-        inflate, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
-        while not inflate.eof and (block := inflate.unconsumed_tail or file.read(1 << 16)):
-            total += len(inflate.decompress(block, 1 << 20))
-            if total > MAX_BYTES:
-                raise UnreadableClip(path, f"inflates to more than {MAX_BYTES >> 30} GiB")
+    if read_preamble(file, force=True) is None:
+        file.seek(0)
+    meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
+    if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+        return None
+    file.metered = False
+    limit = min(MAX_BYTES, memory.budget() // 4)
+    inflate, content = zlib.decompressobj(-zlib.MAX_WBITS), io.BytesIO()
+    while not inflate.eof and (block := inflate.unconsumed_tail or file.read(1 << 16)):
+        content.write(inflate.decompress(block, 1 << 20))
+        if content.tell() > limit:
+            raise UnreadableClip(path, f"inflates to more than {limit >> 20} MiB")
+    content.seek(0)
+    attributes = read_dataset(content, False, True, stop_when=lambda tag, vr, length: tag == 0x7FE00010)
+    return content, FileDataset("", attributes, file_meta=FileMetaDataset(meta))
 
 
-def _number_of_frames(data) -> int:
-    return max(1, int(data.get("NumberOfFrames") or 1))
+def _claimed_frames(data, path: Path) -> int:
+    """NumberOfFrames, 0 where it is absent or makes no sense."""
+    try:
+        claimed = max(0, int(data.get("NumberOfFrames") or 0))
+    except (TypeError, ValueError, OverflowError):
+        return 0
+    if claimed > MAX_FRAMES:
+        raise UnreadableClip(path, f"claims {claimed} frames; the limit is {MAX_FRAMES}")
+    return claimed
 
 
-def _dicom_fps(data) -> float | None:
+def _times(data) -> tuple[list[float] | None, float | None]:
+    """Seconds of each frame since the first, None where frames are evenly spaced; frames per second."""
+    try:
+        steps = [float(ms) / 1000 for ms in data.FrameTimeVector]
+    except (AttributeError, TypeError, ValueError):
+        steps = []
+    if len(steps) > 1 and all(math.isfinite(step) and step >= 0 for step in steps) and sum(steps[1:]) > 0:
+        seconds = np.cumsum([0.0, *steps[1:]])
+        return seconds.tolist(), float((len(steps) - 1) / seconds[-1])
     for name, fps in (("FrameTime", lambda ms: 1000 / ms), ("CineRate", float), ("RecommendedDisplayFrameRate", float)):
         try:
             value = fps(float(data.get(name)))
         except (TypeError, ValueError, ZeroDivisionError):
             continue
         if 0 < value < 10_000:
-            return value
-    return None
-
-
-def _dicom_grey(frame: np.ndarray, data) -> np.ndarray:
-    """One decoded frame -> uint8 (H, W) as it would be displayed."""
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
-
-    if data.PhotometricInterpretation == "PALETTE COLOR":
-        frame = apply_color_lut(frame, data)
-        # a 16 bit palette fills 16 bits, or 8 bits written into 16
-        return to_grey(frame if frame.dtype == np.uint8 or frame.max() > 255 else frame.astype(np.uint8))
-    if frame.ndim == 3:  # pydicom has made RGB of YBR
-        return to_grey(frame if frame.dtype == np.uint8 else (frame >> (data.BitsStored - 8)).astype(np.uint8))
-    bits, signed = int(data.BitsStored), bool(data.PixelRepresentation)
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    values = frame
-    if "WindowWidth" in data or "VOILUTSequence" in data:
-        values = apply_voi_lut(apply_modality_lut(frame, data), data, index=0)
-        if "VOILUTSequence" in data:
-            low, high = 0, 2 ** int(data.VOILUTSequence[0].LUTDescriptor[2]) - 1
-        elif "RescaleSlope" in data:  # pydicom's output range follows the rescaled one
-            low, high = sorted(float(data.RescaleSlope) * x + float(data.RescaleIntercept) for x in (low, high))
-    grey = np.rint((values.astype(np.float64) - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
-    return 255 - grey if data.PhotometricInterpretation == "MONOCHROME1" else grey
+            return None, value
+    return None, None

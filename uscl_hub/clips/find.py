@@ -2,44 +2,104 @@
 
 import os
 import re
-import warnings
+import stat
+import struct
+import unicodedata
 from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Iterator, Sequence
 
 import numpy as np
-from PIL import Image
 
-from uscl_hub.clips.clip import Clip
+from uscl_hub.clips.alike import ALIKE, headers, likeness
+from uscl_hub.clips.clip import DICOM, IMAGE, VIDEO, Clip, extension_of
 
-VIDEO = {".mp4", ".m4v", ".mov", ".avi", ".mpeg", ".mpg", ".webm", ".mkv", ".wmv", ".gif"}
-IMAGE = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".jp2", ".pgm", ".ppm"}
-DICOM = {".dcm", ".dicom", ".ima"}
+FRAMES = ("auto", "clip", "images")
+UNKNOWN = "not a known image, video or DICOM file"
 
 
-def find_clips(roots: Sequence[Path | str]) -> list[Clip]:
-    """All clips below `roots` (folders, any nesting, or single files), sorted by id.
+@dataclass
+class Report:
+    """What `find_clips` passed over, and what it took numbered files for."""
 
-    At least two images of one folder whose names differ only in their last number are one 'frames' clip, in the
-    numbers' order, unless they differ in size: then they are separate images (a few headers are looked at).
-    Hidden files are left out; linked folders are followed, once. Raises FileNotFoundError for a missing root.
+    passed_over: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason: names
+    as_clip: list[str] = field(default_factory=list)
+    as_images: list[str] = field(default_factory=list)
+
+    def lines(self, few: int = 3) -> list[str]:
+        """Sentences for the terminal: a count and the first names each."""
+
+        def some(names):
+            return ", ".join(map(ascii_line, names[:few])) + (", ..." if len(names) > few else "")
+
+        said = [f"{len(n)} passed over, {reason}: {some(n)}" for reason, n in sorted(self.passed_over.items())]
+        decided = [
+            f"{len(names)} taken as {what}: {some(names)}"
+            for names, what in ((self.as_clip, "one clip each"), (self.as_images, "separate images"))
+            if names
+        ]
+        if self.as_images:  # the usual case, a clip, needs no word
+            said.append("folders of numbered files, " + "; ".join(decided) + " (frames auto decides by likeness)")
+        return said
+
+    def as_dict(self) -> dict:
+        """For a report in JSON."""
+        return {reason: sorted(names) for reason, names in sorted(self.passed_over.items())}
+
+
+def ascii_line(name: str) -> str:
+    """A file's name on one line, its control characters written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def find_clips(
+    roots: Sequence[Path | str] | Path | str, frames: str = "auto", report: Report | None = None
+) -> list[Clip]:
+    """All clips below `roots` (folders, any nesting, or single files), sorted by id. No two have the same id, and no
+    file is in two of them.
+
+    frames: what images of one folder are whose names differ only in their last number. 'clip': one clip, in the
+    numbers' order; 'images': separate images; 'auto': one clip if neighbours look alike (a few thumbnails are looked
+    at, see `alike`). Files of different sizes or of several pages are separate with 'auto'.
+    report: filled with what is passed over, and with what was decided.
+    A folder that cannot be listed is a clip of kind 'closed', which cannot be decoded. Hidden files are left out;
+    linked folders are followed, once. Raises FileNotFoundError for a missing root, ValueError for unknown `frames`.
+
+    >>> clips = find_clips(["scans"], report=(report := Report()))  # doctest: +SKIP
+    >>> print(*report.lines(), sep="\\n")  # doctest: +SKIP
     """
+    if frames not in FRAMES:
+        raise ValueError(f"frames {frames!r} is not 'auto', 'clip' or 'images'")
+    report = Report() if report is None else report
     if isinstance(roots, (str, Path)):
         roots = [roots]
-    resolved = list(dict.fromkeys(Path(root).resolve() for root in roots))
-    for root in resolved:
+    named = list(dict.fromkeys(_named(Path(root)) for root in roots))
+    for root in named:
         if not root.exists():
             raise FileNotFoundError(f"{root}: no such file or folder")
-    folders = {root: root if root.is_dir() else root.parent for root in resolved}
+    folders = {root: root if root.is_dir() else root.parent for root in named}
     names = _source_names(set(folders.values()))
-    clips = {}
-    for root, folder in folders.items():
-        source = names[folder]
-        listing = _walk(root) if root.is_dir() else [(folder, [root.name])]
+    seen, known, clips = set(), set(), []
+    # outer folders first, single files last: what is given twice is found once
+    for root in sorted(named, key=lambda root: (not root.is_dir(), len(os.path.realpath(root)), str(root))):
+        folder = folders[root]
+        listing = _walk(root, seen) if root.is_dir() else [(folder, [root.name])]
         for parent, files in listing:
-            for clip in _clips_of_folder(parent, files, folder, source):
-                clips[clip.id] = clip
-    return sorted(clips.values(), key=lambda clip: clip.id)
+            here = os.path.realpath(parent)
+            for clip in _clips_of_folder(parent, files, folder, names[folder], frames, report):
+                keys = {(here, file.name) for file in clip.files}
+                if root.is_dir() or not keys <= known:
+                    clips.append(clip)
+                known |= keys
+    return _unique(clips)
+
+
+def _named(root: Path) -> Path:
+    """An absolute path that keeps the name that was given: a link's own, not its target's."""
+    if root.name in ("", ".."):
+        return root.resolve()
+    return root.parent.resolve() / root.name
 
 
 def _source_names(folders: set[Path]) -> dict[Path, str]:
@@ -54,70 +114,122 @@ def _source_names(folders: set[Path]) -> dict[Path, str]:
     return names
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    seen = set()
-    for parent, folders, files in os.walk(root, followlinks=True):
+def _walk(root: Path, seen: set[str]) -> Iterator[tuple[Path, list[str] | None]]:
+    """Folders and the files in them, None for a folder that cannot be listed. seen: real paths of what was listed."""
+    closed = []
+    for parent, folders, files in os.walk(root, followlinks=True, onerror=lambda error: closed.append(error.filename)):
         real = os.path.realpath(parent)
-        if real in seen:  # a link to a folder already listed, or a loop
+        if real in seen:  # a link to a folder already listed, a loop, or a root within another
             folders.clear()
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield Path(parent), files
+    for folder in closed:
+        if os.path.realpath(folder) not in seen:
+            seen.add(os.path.realpath(folder))
+            yield Path(folder), None
 
 
-def _clips_of_folder(parent: Path, names: list[str], root: Path, source: str) -> Iterator[Clip]:
+def _clips_of_folder(
+    parent: Path, names: list[str] | None, root: Path, source: str, frames: str, report: Report
+) -> Iterator[Clip]:
     prefix = "/".join((source, *parent.relative_to(root).parts))
 
     def clip(name, kind, files):
-        return Clip(_printable(f"{prefix}/{name}"), _printable(source), kind, files)
+        return Clip(printable(f"{prefix}/{name}"), printable(source), kind, files, root)
 
+    if names is None:
+        yield Clip(printable(prefix), printable(source), "closed", (parent,), root)
+        return
     numbered = defaultdict(list)
     for name in sorted(names):
-        path = parent / name
-        extension = path.suffix.lower()
-        if name.startswith(".") or not path.is_file():
+        if name.startswith("."):
             continue
-        if extension in IMAGE:
-            match = re.fullmatch(r"(.*?)(\d+)(\D*)", path.stem, re.DOTALL)
-            if match:
-                numbered[match[1], match[3], extension].append((int(match[2]), name))
-            else:
-                yield clip(name, "image", (path,))
-        elif extension in VIDEO:
-            yield clip(name, "video", (path,))
-        elif extension in DICOM or (not extension[1:].isalpha() and _has_dicom_magic(path)):
-            yield clip(name, "dicom", (path,))
-    for (before, after, extension), frames in numbered.items():
-        files = tuple(parent / name for _, name in sorted(frames))
-        if len(files) == 1 or _sizes_differ(files):
+        path = parent / name
+        kind, extension = _kind(path, report, f"{prefix}/{name}")
+        match = re.fullmatch(r"(.*?)(\d+)(\D*)", path.stem, re.DOTALL) if kind == "image" else None
+        if match:
+            numbered[match[1], match[3], path.suffix.lower(), extension].append((int(match[2]), name))
+        elif kind:
+            yield clip(name, kind, (path,))
+    for (before, after, suffix, _), found in numbered.items():
+        files = tuple(parent / name for _, name in sorted(found))
+        name = f"{before}#{after}{suffix}"
+        if len(files) > 1 and _one_clip(files, frames, report, printable(f"{prefix}/{name}")):
+            yield clip(name, "frames", files)
+        else:
             for path in files:
                 yield clip(path.name, "image", (path,))
+
+
+def _kind(path: Path, report: Report, name: str) -> tuple[str | None, str]:
+    """'image', 'video', 'dicom', or None for what is passed over, which is reported; the extension that says so."""
+    extension = extension_of(path)
+    by_name = (
+        "image" if extension in IMAGE else "video" if extension in VIDEO else "dicom" if extension in DICOM else None
+    )
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            reason = "links to nothing"
+        elif by_name:  # it is there, but cannot be reached: decoding says why
+            return by_name, extension
         else:
-            yield clip(f"{before}#{after}{extension}", "frames", files)
+            reason = f"cannot be looked at ({error.strerror})"
+        report.passed_over[reason].append(printable(name))
+        return None, extension
+    if stat.S_ISREG(mode):
+        kind = by_name or ("dicom" if _looks_like_dicom(path) else None)
+        reason = UNKNOWN
+    else:
+        kind, reason = None, "not a regular file"
+    if kind is None:
+        report.passed_over[reason].append(printable(name))
+    return kind, extension
 
 
-def _printable(name: str) -> str:
-    """A file's name as text: bytes that are not UTF-8 are written out, as \\xff."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+def _one_clip(files: tuple[Path, ...], frames: str, report: Report, name: str) -> bool:
+    """Whether numbered files are the frames of one clip."""
+    if frames != "auto":
+        return frames == "clip"
+    picked = [files[i] for i in sorted({round(x) for x in np.linspace(0, len(files) - 1, 8)})]
+    sizes, pages = headers(picked)
+    alike = len(sizes) < 2 and pages < 2 and likeness(files) >= ALIKE
+    (report.as_clip if alike else report.as_images).append(name)
+    return alike
 
 
-def _has_dicom_magic(path: Path) -> bool:
+def _unique(clips: list[Clip]) -> list[Clip]:
+    """Sorted by id, and every id once: of two that would get the same one, the file that is called so keeps it, the
+    others are told apart by ~2, ~3 and so on."""
+    taken, result = {clip.id for clip in clips}, {}
+    for clip in sorted(clips, key=lambda clip: (clip.id, clip.kind == "frames", *map(os.fsencode, clip.files))):
+        name, number = clip.id, 2
+        while name in result or (number > 2 and name in taken):
+            name, number = f"{clip.id}~{number}", number + 1
+        result[name] = replace(clip, id=name) if name != clip.id else clip
+    return [result[name] for name in sorted(result)]
+
+
+def printable(name: str) -> str:
+    """A file's name as text, in one spelling (Unicode's NFC): bytes that are not UTF-8 are written out, as \\xff."""
+    return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "backslashreplace"))
+
+
+def _looks_like_dicom(path: Path) -> bool:
+    """DICOM by its first bytes, with the preamble or, in old archives, without."""
     try:
         with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            head = file.read(132)
     except OSError:
         return False
-
-
-def _sizes_differ(files: tuple[Path, ...]) -> bool:
-    sizes = set()
-    for i in sorted({round(x) for x in np.linspace(0, len(files) - 1, 8)}):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with Image.open(files[i]) as image:
-                    sizes.add(image.size)
-        except Exception:  # noqa: BLE001 - an unreadable frame says nothing here; decoding reports it
-            continue
-    return len(sizes) > 1
+    if head[128:] == b"DICM":
+        return True
+    if len(head) < 132:
+        return False
+    group, element, vr, length = struct.unpack("<HH2sH", head[:8])
+    if group not in (2, 8) or element > 0x20:
+        return False
+    return vr in (b"UL", b"UI", b"CS", b"SH", b"DA") and length <= 64 or vr[1:] == b"\0" and vr[0] <= 64 and not length

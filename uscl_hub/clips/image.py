@@ -1,36 +1,65 @@
-"""Frames of pictures, by Pillow: one image, an animation, or a folder of numbered frames."""
+"""Frames of pictures, by Pillow: one image, an animation or pages, or a folder of numbered files."""
 
 import warnings
 from pathlib import Path
 from typing import Iterator
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from uscl_hub.clips.clip import MAX_PIXELS, Clip, UnreadableClip, check_pixels, reason_of
+from uscl_hub.clips.clip import (
+    MAX_PIXELS,
+    PICTURE_FORMATS,
+    Clip,
+    UnreadableClip,
+    check_pixels,
+    extension_of,
+    must_be_a_file,
+    reason_of,
+)
 from uscl_hub.preprocess import to_grey
 
+_DEPTHS = (8, 10, 12)  # bits that scanners fill of the 16 of a picture file
 
-def open_image(path: Path):
+
+def open_image(path: Path, formats=None) -> Image.Image:
+    """A picture of the formats that its name may mean, `formats` or by its extension; Pillow has not decoded it yet.
+
+    Raises UnreadableClip, OSError.
+    """
+    formats = formats or PICTURE_FORMATS.get(extension_of(path), ())
+    must_be_a_file(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own bomb warning: our limit is lower
-            image = Image.open(path)
+            return Image.open(path, formats=formats)
     except Image.DecompressionBombError as error:
         raise UnreadableClip(path, f"more pixels than the limit of {MAX_PIXELS / 1e6:.1f} million a frame") from error
+    except Image.UnidentifiedImageError as error:
+        raise UnreadableClip(path, f"not a {' or '.join(formats)} picture, which its name says it is") from error
     except Exception as error:  # Pillow's parsers raise nearly anything on hostile bytes
-        raise UnreadableClip(
-            path,
-            "not an image that Pillow can read"
-            if isinstance(error, Image.UnidentifiedImageError)
-            else reason_of(error),
-        ) from error
-    return image
+        raise UnreadableClip(path, reason_of(error)) from error
 
 
-def image_frames(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | None]]:
-    """Every frame of a gif (an animated webp or multi-page tiff too); the one of any other image."""
+def image_frames(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | None, float | None]]:
+    """Every frame of an animation, every page of a tif, the one frame of any other image; upright, as EXIF has it."""
     path = clip.files[0]
+    top = _top([path], note)
+    for index, (grey, fps, time) in enumerate(_pages(path, top, note)):
+        if index % stride == 0:
+            yield grey, fps, time
+
+
+def numbered_frames(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | None, float | None]]:
+    """The first frame of each file."""
+    top = _top(clip.files, note)
+    for path in clip.files[::stride]:
+        for grey, _, _ in _pages(path, top, note, first=True):
+            yield grey, None, None
+
+
+def _pages(path: Path, top: int, note, first: bool = False):
+    """Yields grey, frames per second, seconds since the first frame."""
     with open_image(path) as image:
         try:
             image.verify()  # a png's checksums, which decoding does not look at
@@ -38,33 +67,63 @@ def image_frames(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, fl
             raise UnreadableClip(path, reason_of(error)) from error
     with open_image(path) as image:
         check_pixels(path, *image.size)
-        index = 0
+        index, time, fps = 0, 0.0, None
         while True:
             try:
                 if index == 0:
                     animated = getattr(image, "is_animated", False)  # reads the file
-                    duration = image.info.get("duration") if animated else None
-                    fps = 1000 / duration if isinstance(duration, (int, float)) and duration > 0 else None
+                    if animated and first:
+                        note("files of several pages or frames among numbered ones: only the first frame of each")
                 image.seek(index)
                 check_pixels(path, *image.size)
-                grey = to_grey(image)
+                image.load()
+                grey = _grey(image, top)
+                duration = image.info.get("duration") if animated else None  # webp knows it only now
             except EOFError:
                 return
             except UnreadableClip:
                 raise
             except Exception as error:  # as in open_image
-                raise UnreadableClip(
-                    path, (f"damaged at frame {index}: " if index else "") + reason_of(error)
-                ) from error
-            if index % stride == 0:
-                yield grey, fps
+                where = f"damaged at frame {index}: " if index else ""
+                raise UnreadableClip(path, where + reason_of(error)) from error
+            timed = isinstance(duration, (int, float)) and duration > 0
+            if index == 0 and timed:
+                fps = 1000 / duration
+            yield grey, fps, time
+            time = time + duration / 1000 if timed and time is not None else None
             index += 1
-            if not animated:
+            if not animated or first:
                 return
 
 
-def numbered_frames(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | None]]:
-    for path in clip.files[::stride]:
-        for frame in image_frames(Clip(clip.id, clip.source, "image", (path,)), 1, note):
-            yield frame[0], None
-            break  # one frame a file
+def _grey(image: Image.Image, top: int) -> np.ndarray:
+    if image.getexif().get(0x0112, 1) != 1:  # the orientation
+        image = ImageOps.exif_transpose(image)
+    if top == 65535:
+        return to_grey(image)
+    return np.rint(np.array(image).clip(0, top) * (255 / top)).astype(np.uint8)
+
+
+def _top(files, note) -> int:
+    """The value shown as white in grey pictures of 16 bits: the full 65535, or less if no frame needs that many bits.
+
+    One for the whole clip, so that brightness does not jump from frame to frame.
+    """
+    highest = 0
+    for path in files:
+        try:
+            with open_image(path) as image:
+                if not image.mode.startswith("I"):
+                    return 65535
+                check_pixels(path, *image.size)
+                for index in range(getattr(image, "n_frames", 1)):
+                    image.seek(index)
+                    check_pixels(path, *image.size)
+                    highest = max(highest, int(np.array(image).max()))
+        except Exception:  # noqa: BLE001 - decoding, which comes next, says what is wrong with the file
+            return 65535
+    for bits in _DEPTHS:
+        if highest < 2**bits:
+            note(f"its 16 bits hold values of {bits} bits: shown with {2**bits - 1} as white")
+            return 2**bits - 1
+    return 65535

@@ -1,25 +1,29 @@
 """A clip as a model is shown it: decoded, cropped to the moving image, resized. Training's cache, `uscl-hub embed` and
 `search` all read their clips here, so that their frames are the same bytes."""
 
+import threading
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
-from uscl_hub.clips.clip import MAX_BYTES, Clip, UnreadableClip
+from uscl_hub.clips import memory
+from uscl_hub.clips.clip import MAX_BYTES, MAX_SECONDS, Clip, UnreadableClip, path_of
 from uscl_hub.clips.crop import SAMPLES, Region, apply_region, detect_region, sample
 from uscl_hub.clips.decode import iter_frames
 from uscl_hub.clips.text import burned_in_text_suspected
 from uscl_hub.preprocess import resize
 
 KEEP_BYTES = 512 * 2**20  # decoded frames held at once; longer clips are decoded twice
+SAMPLE_BYTES = 128 * 2**20  # of the frames on which the crop is found: fewer than SAMPLES where they are huge
 
 
 @dataclass(frozen=True)
 class Frames:
     """images: uint8 (T, size, size). fps: of the file, None if unknown. region: the image area, in pixels of the file.
     text: whether burned-in text is suspected in what is left of the picture. notes: what the reader should know.
-    before, after: uint8 (H, W) and (h, w), the middle one of the frames looked at, without and with the crop."""
+    before, after: uint8 (H, W) and (h, w), the middle one of the frames looked at, without and with the crop.
+    times: seconds of each image since the file's first frame, None where the file does not say."""
 
     images: np.ndarray
     fps: float | None
@@ -28,27 +32,25 @@ class Frames:
     notes: tuple[str, ...]
     before: np.ndarray
     after: np.ndarray
+    times: tuple[float | None, ...] = ()
 
 
 def read_clip(clip: Clip, size: int, *, crop: str = "crop", stride: int = 1, max_frames: int | None = None) -> Frames:
     """Every `stride`-th frame of a clip, at most `max_frames` of them, as `size` x `size` grey images.
 
-    crop: 'crop', 'blank' or 'none', see `crop.apply_region`. Raises UnreadableClip.
+    crop: 'crop', 'blank' or 'none', see `crop.apply_region`. Raises UnreadableClip. The result does not depend on the
+    memory budget; a clip that is not held whole is decoded again.
     """
-    held, few, total, notes = [], [], 0, []
-    for frame, fps in iter_frames(clip, max_frames, stride, notes):
-        total += 1
-        if held is not None:
-            held.append(frame)
-            if len(held) * frame.nbytes > KEEP_BYTES and len(held) > SAMPLES:
-                held, few = None, held
-        else:
-            few.append(frame)
-        if held is None and len(few) * frame.nbytes > KEEP_BYTES:
-            few = few[::2]
-    if total * size**2 > MAX_BYTES:
-        raise UnreadableClip(clip.files[0], f"{total} frames of {size} px are more than {MAX_BYTES >> 30} GiB")
-    looked_at = sample(held if held is not None else few)
+    notes, times = [], []
+    held, few, total, nbytes, fps = _first_look(clip, stride, max_frames, notes, times)
+    if total * size**2 > min(MAX_BYTES, memory.budget() // 2):
+        raise UnreadableClip(path_of(clip), f"{total} frames of {size} px take more memory than there is")
+    if held is None and total * nbytes <= KEEP_BYTES:  # little memory: the frames that others would have picked
+        wanted = set(_picks(total, nbytes).tolist())
+        again = iter_frames(clip, max_frames, stride, notes)
+        few = [frame for i, (frame, _) in enumerate(again) if i in wanted]
+    looked_at = sample(held if held is not None else few, _count(nbytes))
+    del few
     whole = Region(0, looked_at.shape[1], 0, looked_at.shape[2])
     region = whole if crop == "none" else detect_region(looked_at)
     source = held if held is not None else (frame for frame, _ in iter_frames(clip, max_frames, stride, notes))
@@ -56,8 +58,61 @@ def read_clip(clip: Clip, size: int, *, crop: str = "crop", stride: int = 1, max
     for count, frame in enumerate(islice(source, total), start=1):
         images[count - 1] = resize(np.ascontiguousarray(apply_region(frame, region, crop)), size)
     if count != total:
-        raise UnreadableClip(clip.files[0], "changed while it was read")
+        raise UnreadableClip(path_of(clip), "changed while it was read")
     after = apply_region(looked_at, region, crop)
     middle = len(looked_at) // 2
     text = burned_in_text_suspected(after)
-    return Frames(images, fps, region, text, tuple(notes), looked_at[middle].copy(), after[middle].copy())
+    before, after = looked_at[middle].copy(), after[middle].copy()
+    return Frames(images, fps, region, text, tuple(notes), before, after, tuple(times))
+
+
+def _first_look(clip: Clip, stride: int, max_frames, notes: list, times: list):
+    """All frames if they may be held, else None; some, evenly spread; how many there are; bytes of each; fps."""
+    keep = min(KEEP_BYTES, memory.budget() // 4)
+    held, few, step, total, frame, fps = [], [], 1, 0, None, None
+    for frame, fps in iter_frames(clip, max_frames, stride, notes, times):
+        if held is not None:
+            held.append(frame)
+            if len(held) * frame.nbytes > keep and len(held) > 1:
+                held = None
+        if total % step == 0:
+            few.append(frame)
+            if len(few) >= 2 * _count(frame.nbytes):
+                few, step = few[::2], 2 * step
+        total += 1
+    return held, few, total, frame.nbytes, fps
+
+
+def _count(nbytes: int) -> int:
+    return int(min(SAMPLES, max(2, SAMPLE_BYTES // nbytes)))
+
+
+def _picks(total: int, nbytes: int) -> np.ndarray:
+    """The numbers of the frames that `sample` takes of so many."""
+    return sample(np.arange(total), _count(nbytes))
+
+
+class TookTooLong(UnreadableClip):
+    """A decoder that does not return."""
+
+
+def read_in_time(function, clip: Clip, seconds: float = MAX_SECONDS):
+    """function(clip), or UnreadableClip after so many seconds. For callers that do not read in processes of their own:
+    the thread of a decoder that hangs is left behind, and ends with the program."""
+    result = []
+
+    def target():
+        try:
+            result.append((function(clip), None))
+        except BaseException as error:  # noqa: BLE001 - raised again by the caller
+            result.append((None, error))
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not result:
+        raise TookTooLong(path_of(clip), f"took more than {seconds:g} s")
+    value, error = result[0]
+    if error is not None:
+        raise error
+    return value
