@@ -25,6 +25,8 @@ class Data:
     """Static user interface, text and borders around the moving sector: 'crop', 'blank' or 'none'."""
     sheets: bool = False
     """Write before/after sheets of the cropping as PNG, beside the cache."""
+    frames: str = "auto"
+    """Numbered images of one folder: 'clip', 'images' (separate ones), or 'auto' (a clip if neighbours look alike)."""
     max_frames: int = 400
     """Frames kept of a clip: its first ones."""
     min_clips: int = 8

@@ -147,12 +147,13 @@ def _embed(args):
         revision=args.revision,
         stride=args.stride,
         crop=args.crop,
+        frames=args.frames,
         batch_size=args.batch_size,
         device=args.device,
         progress=not args.json,
     )
     lines = [f"{args.output}: {report['clips']} clips, {report['frames']} frames"]
-    lines += [f"skipped {f['path']}: {f['reason']}" for f in report["failed"]]
+    lines += [f"skipped {f['path']}: {f['reason']}" for f in report["failed"]] + report["found"]
     lines += [f"note on {n['clip']}: {n['note']}" for n in report["notes"]]
     lines += [
         f"warning: {clip} may still show burned-in text after cropping: look at it before sharing anything of it"
@@ -253,6 +254,13 @@ def parser() -> argparse.ArgumentParser:
         choices=["crop", "blank", "none"],
         default="crop",
         help="remove the scanner's user interface as in training (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--frames",
+        choices=["auto", "clip", "images"],
+        default="auto",
+        help="numbered images of a folder are one clip, separate images, or what their likeness says "
+        "(default: %(default)s)",
     )
     sub.add_argument("--batch-size", type=_positive, default=64)
     sub.add_argument("--device", default="cpu")

@@ -70,6 +70,7 @@ def prepare(config, out):
                 workers=config.data.workers or None,
                 min_clips=config.data.min_clips,
                 sheets=config.data.sheets,
+                frames=config.data.frames,
             )
         cache = distributed.broadcast(cache)
         clips = Clips(cache, config)

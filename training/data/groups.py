@@ -3,6 +3,7 @@
 import csv as csv_module
 import hashlib
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Sequence
@@ -32,7 +33,7 @@ def assign_groups(
 
 def _by_pattern(ids: Sequence[str], pattern: str, setting: str) -> list[str]:
     try:
-        regex = re.compile(pattern)
+        regex = re.compile(unicodedata.normalize("NFC", pattern))  # as the ids are
     except re.error as error:
         raise ValueError(f"{setting} {pattern!r} is not a regular expression: {error}") from error
     if "group" not in regex.groupindex and regex.groups != 1:
@@ -53,6 +54,7 @@ def _by_csv(ids: Sequence[str], path: Path) -> list[str]:
         groups = {}
         for number, row in enumerate(rows, start=2):
             key, group = (row["path"] or "").strip().replace("\\", "/").strip("/"), (row["group"] or "").strip()
+            key = unicodedata.normalize("NFC", key)  # as the ids are
             if not key or not group:
                 raise ValueError(f"{path}, line {number}: path or group is empty")
             if groups.setdefault(key, group) != group:

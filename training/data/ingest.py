@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from training.data import workers as processes
 from training.data.cache import CacheError, FrameCache, read_damage, read_index, unique
-from uscl_hub.clips import Clip, UnreadableClip, content_hash, find_clips
+from uscl_hub.clips import Clip, Report, UnreadableClip, content_hash, find_clips
 from uscl_hub.clips.pictures import before_after_sheet
 from uscl_hub.clips.read import read_clip
 from uscl_hub.files import InUse, locked, write_json, write_whole
 
-VERSION = 1  # of everything that decides the frames' values: decoding, cropping, resizing
+VERSION = 2  # of everything that decides the frames' values: decoding, cropping, resizing
 FLUSH_SECONDS = 2.0
 CHECK_BYTES = 2 << 30  # of kept frames: so many are compared with their checksums at the start, a second's work
 RECENT_SECONDS = 2.0  # a file changed so shortly before may change again without another time stamp
@@ -59,6 +59,7 @@ def ingest(
     progress: bool = True,
     min_clips: int = 1,
     sheets: bool = False,
+    frames: str = "auto",
 ) -> FrameCache:
     """Decode everything below `roots` into a frame cache below `out`; only what is new or changed is decoded.
 
@@ -74,6 +75,7 @@ def ingest(
         progress: show a bar and a summary.
         min_clips: fewer readable clips than this are an error.
         sheets: write before/after pictures of the crop, sheets/*.png, for the newly decoded clips.
+        frames: what numbered images of one folder are, see `uscl_hub.clips.find_clips`.
 
     Returns:
         The cache of the clips found below `roots` now, the first of those with identical content. Unreadable clips are
@@ -92,7 +94,8 @@ def ingest(
         raise SystemExit(1)
     settings = FrameSettings(size, crop, max_frames, stride)
     folder = Path(out) / settings.key
-    clips, ours = without_results(find_clips(roots), roots)
+    passed = Report()
+    clips, ours = without_results(find_clips(roots, frames, passed), roots)
     work = Work(folder, settings, workers, progress, sheets)
     with writing(folder) as writable:
         if writable:
@@ -112,11 +115,11 @@ def ingest(
         if redo and writable:
             (folder / "damaged.txt").unlink(missing_ok=True)
         records, same = unique(lines[clip.id] for clip in clips if clip.id in lines and clip.id not in failed)
-        report = describe(records, same, failed, len(clips), ours)
+        report = describe(records, same, failed, len(clips), ours) | passed.as_dict()
         if writable:
             write_json(folder / "report.json", report)
     if progress:
-        print_summary(report, folder)
+        print_summary(report, folder, passed)
     if len(records) < min_clips:
         some = "".join(f"; {name}: {failed[name]}" for name in sorted(failed)[:5])
         where = ", ".join(str(root) for root in ([roots] if isinstance(roots, (str, Path)) else roots))
@@ -354,7 +357,7 @@ def describe(records, same, failed: dict[str, str], found: int, ours: int) -> di
     }
 
 
-def print_summary(report: dict, folder: Path):
+def print_summary(report: dict, folder: Path, passed: Report):
     print(f"{report['clips']} clips, {report['frames']} frames in {folder}", file=sys.stderr)
     if report["own_results_left_out"]:
         print(f"  {report['own_results_left_out']} pictures of earlier results: left out", file=sys.stderr)
@@ -366,3 +369,5 @@ def print_summary(report: dict, folder: Path):
     ):
         if report[key]:
             print(f"  {len(report[key])} {text} (report.json)", file=sys.stderr)
+    for line in passed.lines():
+        print(f"  {line}", file=sys.stderr)

@@ -10,9 +10,11 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 
+from uscl_hub.clips import memory
+from uscl_hub.clips.clip import MAX_SECONDS
 from uscl_hub.errors import UserError
 
-SECONDS = 600  # of one item; a decoder that hangs is ended
+SECONDS = MAX_SECONDS  # of one item; a decoder that hangs is ended
 CRASHED = f"the decoder crashed, or took more than {SECONDS} s"
 FIRST = 8  # items: where all of so many crash, the fault is not theirs
 _SOCKET_PATH = 70  # bytes of a temporary folder's name that leave room for a socket's name in it
@@ -94,7 +96,7 @@ class Pool:
         if method == "forkserver":
             context.set_forkserver_preload([preload])
         self._until, self._stop = context.Pipe(duplex=False)
-        self._executor = ProcessPoolExecutor(count, context, start_worker, (self._until,))
+        self._executor = ProcessPoolExecutor(count, context, start_worker, (self._until, count))
         try:
             self._executor.submit(os.getpid).result()
         except BrokenProcessPool:
@@ -113,8 +115,10 @@ class Pool:
         self._until.close()
 
 
-def start_worker(until):
-    """A worker leaves signals to its parent, and ends when that closes its pipe or is killed."""
+def start_worker(until, count: int):
+    """One of `count` workers, which share the memory budget, leaves signals to its parent, and ends when that closes its
+    pipe or is killed."""
+    memory.divide(count)
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -16,6 +16,7 @@ from typing import Sequence
 import numpy as np
 from PIL import Image
 
+from uscl_hub.clips.clip import check_pixels
 from uscl_hub.clips.image import open_image
 
 ALIKE = 0.75  # the median correlation from which neighbours are frames of one clip
@@ -51,6 +52,7 @@ def likeness(files: Sequence[Path]) -> float:
 def _thumbnail(path: Path) -> np.ndarray:
     with warnings.catch_warnings(), open_image(path) as image:
         warnings.simplefilter("ignore")
+        check_pixels(path, *image.size)
         image.draft("L", (2 * _THUMBNAIL, 2 * _THUMBNAIL))  # a jpg is decoded at an eighth of its size
         grey = image if image.mode.startswith(("I", "F")) else image.convert("L")
         array = np.asarray(grey, np.float32)
@@ -58,7 +60,9 @@ def _thumbnail(path: Path) -> np.ndarray:
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two thumbnails; two flat ones, or equal ones, are alike."""
+    """Of two thumbnails; two flat ones are alike."""
     a, b = a - a.mean(), b - b.mean()
-    scale = float(np.sqrt((a * a).sum() * (b * b).sum()))
-    return float((a * b).sum()) / scale if scale > 1e-6 else 1.0
+    flat = [float(np.abs(x).max()) < 1e-3 for x in (a, b)]
+    if any(flat):
+        return float(all(flat))
+    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))

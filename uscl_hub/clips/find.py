@@ -45,7 +45,10 @@ class Report:
 
     def as_dict(self) -> dict:
         """For a report in JSON."""
-        return {reason: sorted(names) for reason, names in sorted(self.passed_over.items())}
+        return {
+            "passed_over": {reason: sorted(names) for reason, names in sorted(self.passed_over.items())},
+            "numbered_files": {"one clip": self.as_clip, "separate images": self.as_images},
+        }
 
 
 def ascii_line(name: str) -> str:

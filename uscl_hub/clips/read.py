@@ -2,6 +2,7 @@
 `search` all read their clips here, so that their frames are the same bytes."""
 
 import threading
+import time
 from dataclasses import dataclass
 from itertools import islice
 
@@ -92,13 +93,9 @@ def _picks(total: int, nbytes: int) -> np.ndarray:
     return sample(np.arange(total), _count(nbytes))
 
 
-class TookTooLong(UnreadableClip):
-    """A decoder that does not return."""
-
-
-def read_in_time(function, clip: Clip, seconds: float = MAX_SECONDS):
-    """function(clip), or UnreadableClip after so many seconds. For callers that do not read in processes of their own:
-    the thread of a decoder that hangs is left behind, and ends with the program."""
+def read_in_time(function, clip: Clip, seconds: float = MAX_SECONDS, stopped: threading.Event | None = None):
+    """function(clip), or UnreadableClip after so many seconds or once `stopped` is set. For callers that do not read in
+    processes of their own: the thread of a decoder that hangs is left behind, and ends with the program."""
     result = []
 
     def target():
@@ -109,9 +106,11 @@ def read_in_time(function, clip: Clip, seconds: float = MAX_SECONDS):
 
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
-    thread.join(seconds)
+    end = time.monotonic() + seconds
+    while thread.is_alive() and time.monotonic() < end and not (stopped and stopped.is_set()):
+        thread.join(min(0.2, max(0.0, end - time.monotonic())))
     if not result:
-        raise TookTooLong(path_of(clip), f"took more than {seconds:g} s")
+        raise UnreadableClip(path_of(clip), f"took more than {seconds:g} s")
     value, error = result[0]
     if error is not None:
         raise error

@@ -9,7 +9,9 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import shutil
+import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +23,10 @@ from PIL import Image, ImageDraw
 
 from uscl_hub import __version__
 from uscl_hub.checkpoints import CheckpointError
-from uscl_hub.clips import UnreadableClip, content_hash, find_clips
-from uscl_hub.clips.read import Frames, read_clip
+from uscl_hub.clips import Report, UnreadableClip, content_hash, find_clips
+from uscl_hub.clips.find import UNKNOWN
+from uscl_hub.clips.read import Frames, read_clip, read_in_time
+from uscl_hub.features.places import tell_apart
 from uscl_hub.files import locked, write_whole
 from uscl_hub.load import load_meta_uscl_backbone
 from uscl_hub.preprocess import create_transform, normalise, resize
@@ -40,6 +44,7 @@ def embed(
     revision=None,
     stride: int = 1,
     crop: str = "crop",
+    frames: str = "auto",
     batch_size: int = 64,
     device: str = "cpu",
     progress: bool = True,
@@ -49,20 +54,17 @@ def embed(
 
     Clips that the file, or an interrupted run's `<output>.partial` folder, already holds are not computed
     again; that needs the same model and settings. The file appears, whole, at the end; `<output>.report.json`
-    lists what could not be read, and where burned-in text is suspected. Raises ValueError if nothing can be
-    read or the settings differ from the file's, OSError if another process writes the same output.
+    lists what could not be read or was passed over, and where burned-in text is suspected. frames: what numbered
+    images of one folder are, see `find_clips`. A clip may take as long as in training's ingest. Raises ValueError if
+    nothing can be read or the settings differ from the file's, OSError if another process writes the same output.
     """
     pa, pq = _pyarrow()
     output = Path(output)
-    clips = find_clips(inputs)
+    passed = Report()
+    clips = find_clips(inputs, frames, passed)
     if not clips:
         raise ValueError(f"no image, video or DICOM file in {', '.join(map(str, inputs))}")
-    known = {file for clip in clips for file in clip.files}
-    failed = [
-        {"path": str(path), "reason": "not a known image, video or DICOM file"}
-        for path in inputs
-        if Path(path).is_file() and Path(path).resolve() not in known
-    ]
+    failed = _unknown(inputs, clips)
     model = _placed(load_meta_uscl_backbone(name, checkpoint=checkpoint, revision=revision), device)
     settings = {
         "name": name,
@@ -87,34 +89,45 @@ def embed(
             ("thumbnail", pa.binary()),
             ("feature", pa.list_(pa.float32(), model.num_features)),
         ],
-        metadata={"uscl_hub": json.dumps({**settings, **where})},
     )
     partial = output.with_name(output.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     with locked(partial):
         shards = [output] * output.exists() + sorted(partial.glob("*.parquet"))
-        done = {}
+        done, places = {}, {}
         for shard in shards:
-            _check_settings(shard, pq, settings)
+            places.update(_check_settings(shard, pq, settings))
             table = pq.read_table(shard, columns=["clip", "sha256", "level"], filters=[("level", "=", "clip")])
             done.update(zip(table["clip"].to_pylist(), table["sha256"].to_pylist(), strict=True))
+        clips, places = tell_apart(clips, places, done, content_hash)
+        schema = schema.with_metadata({"uscl_hub": json.dumps({**settings, **where, "places": places})})
+
+        stopped = threading.Event()
+
+        def look(clip):
+            digest = content_hash(clip)
+            new = done.get(clip.id) != digest
+            return clip, digest, read_clip(clip, settings["px"], crop=crop, stride=stride) if new else None
 
         def read(clip):
             """-> (clip, content hash, Frames, or None if its features are there), or why it cannot be read."""
             try:
-                digest = content_hash(clip)
-                new = done.get(clip.id) != digest
-                return clip, digest, read_clip(clip, settings["px"], crop=crop, stride=stride) if new else None
+                return read_in_time(look, clip, stopped=stopped)
             except UnreadableClip as error:
                 return {"path": str(error.path), "reason": error.reason}
             except OSError as error:
                 return {"path": str(clip.files[0]), "reason": error.strerror or str(error)}
 
-        current = {}
+        current, pending = {}, []
+
+        def take_pending():
+            taken = pending[:]
+            pending.clear()
+            return taken
 
         def groups():
             """Lists of (clip, content hash, Frames) with a batch of frames at least, but for the last."""
-            pending, waiting = [], 0
+            waiting = 0
             for result in _progress(_ahead(read, clips, threads=1), len(clips), progress):
                 if isinstance(result, dict):
                     failed.append(result)
@@ -125,21 +138,29 @@ def embed(
                     pending.append(result)
                     waiting += len(frames.images)
                 if waiting >= batch_size:
-                    yield pending
-                    pending, waiting = [], 0
+                    yield take_pending()
+                    waiting = 0
             if pending:
-                yield pending
+                yield take_pending()
 
         def compute(group):
             return _rows(group, model, batch_size, stride, where["checkpoint"] or name)
 
         rows, last = [], time.monotonic()
         with _side_by_side(device) as workers, contextlib.closing(_ahead(compute, groups(), *workers)) as computed:
-            for new in computed:
-                rows += new
-                if time.monotonic() - last > SHARD_SECONDS:
-                    shards.append(_save(rows, partial, schema, pa, pq))
-                    rows, last = [], time.monotonic()
+            try:
+                for new in computed:
+                    rows += new
+                    if time.monotonic() - last > SHARD_SECONDS:
+                        shards.append(_save(rows, partial, schema, pa, pq))
+                        rows, last = [], time.monotonic()
+            except BaseException as error:
+                stopped.set()  # a clip that is being decoded is not waited for
+                if isinstance(error, KeyboardInterrupt):  # what is finished, or as good as, is kept
+                    rows += compute(pending) if pending else []
+                    if rows:
+                        _save(rows, partial, schema, pa, pq)
+                raise
         if rows:
             shards.append(_save(rows, partial, schema, pa, pq))
         if not current and not done:
@@ -150,6 +171,8 @@ def embed(
             **_merge(shards, output, schema, current, pa, pq),
             "computed": len(current.items() - done.items()),
             "failed": failed,
+            **passed.as_dict(),
+            "found": passed.lines(),
             "settings": settings,
         }
         text = json.dumps(report, indent=2)
@@ -243,7 +266,9 @@ def _rows(pending, model, batch_size: int, stride: int, what) -> list[dict]:
             }
         )
         for i, vector in enumerate(part):
-            seconds = i * stride / frames.fps if frames.fps else None
+            seconds = frames.times[i]  # true ones, where the file has them
+            if seconds is None and frames.fps:
+                seconds = i * stride / frames.fps
             rows.append({**common, "level": "frame", "frame": i * stride, "time": seconds, "feature": vector})
     return rows
 
@@ -273,12 +298,22 @@ def _settings(path, pq) -> dict:
         raise ValueError(f"{path}: is not a feature table of `uscl-hub embed`, or is damaged") from error
 
 
-def _check_settings(path: Path, pq, settings: dict):
+def _unknown(inputs, clips) -> list[dict]:
+    """The files among the inputs that are no clip's."""
+    files = [path for path in inputs if Path(path).is_file()]
+    known = {os.path.realpath(file) for clip in clips for file in clip.files} if files else ()
+    return [{"path": str(path), "reason": UNKNOWN} for path in files if os.path.realpath(path) not in known]
+
+
+def _check_settings(path: Path, pq, settings: dict) -> dict[str, str]:
+    """Raises ValueError if the table was made with other settings. Returns the places of its sources."""
     found = _settings(path, pq)
     if differing := [f"{k} {found.get(k)!r} is now {v!r}" for k, v in settings.items() if found.get(k) != v]:
         raise ValueError(
             f"{path}: was made with other settings ({'; '.join(differing)}). Choose another output, or remove it"
         )
+    places = found.get("places")
+    return places if isinstance(places, dict) else {}
 
 
 def _placed(model, device: str):
@@ -297,14 +332,16 @@ def _fingerprint(model) -> str:
 
 def _ahead(function, items, threads: int, start=None, *args):
     """map(function, items) by threads, up to two items a thread ahead of the caller; start(*args) first in each."""
-    with ThreadPoolExecutor(threads, initializer=start, initargs=args) as pool:
-        waiting = deque()
+    pool, waiting = ThreadPoolExecutor(threads, initializer=start, initargs=args), deque()
+    try:
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # nothing is left to wait for, or the caller does not want it
 
 
 @contextlib.contextmanager
@@ -333,6 +370,17 @@ def _thumbnail(frames: Frames) -> bytes:
     return buffer.getvalue()
 
 
+def _opened_thumbnail(png) -> Image.Image:
+    """A table may come from elsewhere: nothing but a small png is opened."""
+    try:
+        with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+            if max(image.size) > 4 * THUMBNAIL:
+                raise ValueError(f"{image.width} x {image.height} pixels")
+            return image.convert("L")
+    except Exception as error:  # Pillow's parsers raise nearly anything on hostile bytes
+        raise ValueError(f"the feature table's thumbnails are not those of `uscl-hub embed` ({error})") from error
+
+
 def _contact_sheet(tiles, columns: int = 4, margin: int = 6, caption: int = 16) -> Image.Image:
     cell = 2 * THUMBNAIL
     lines = -(-len(tiles) // columns)
@@ -340,7 +388,7 @@ def _contact_sheet(tiles, columns: int = 4, margin: int = 6, caption: int = 16) 
     draw = ImageDraw.Draw(sheet)
     for i, (text, png) in enumerate(tiles):
         x, y = margin + i % columns * (cell + margin), margin + i // columns * (cell + caption + margin)
-        sheet.paste(Image.open(io.BytesIO(png)).resize((cell, cell)), (x, y))
+        sheet.paste(_opened_thumbnail(png).resize((cell, cell)), (x, y))
         short = text if len(text) <= 30 else text[:8] + "..." + text[-19:]
         draw.text((x, y + cell + 2), short.encode("latin-1", "replace").decode("latin-1"), fill=0)
     return sheet

@@ -41,8 +41,9 @@ def scans(tmp_path):
     (root / "frames").mkdir(parents=True)
     clip = [Image.fromarray(rng.integers(0, 200, (60, 80), dtype=np.uint8)) for _ in range(7)]
     clip[0].save(root / "a.gif", save_all=True, append_images=clip[1:], duration=100)
-    for i in range(9, 12):
-        Image.fromarray(rng.integers(0, 90, (50, 50), dtype=np.uint8)).save(root / f"frames/f{i}.png")
+    still = rng.integers(0, 80, (50, 50))
+    for i in range(9, 12):  # frames of one clip look alike
+        Image.fromarray((still + rng.integers(0, 10, (50, 50))).astype(np.uint8)).save(root / f"frames/f{i}.png")
     clip[3].convert("RGB").save(root / "still.png")
     (root / "broken.mp4").write_bytes(b"nothing")
     return root
