@@ -116,8 +116,8 @@ class Pool:
 
 
 def start_worker(until, count: int):
-    """One of `count` workers, which share the memory budget, leaves signals to its parent, and ends when that closes its
-    pipe or is killed."""
+    """One of `count` workers, which share the memory budget. It leaves signals to its parent, and ends when that closes
+    its pipe or is killed."""
     memory.divide(count)
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):

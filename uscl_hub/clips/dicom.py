@@ -23,6 +23,7 @@ from uscl_hub.clips.dicom_pixels import PixelData
 from uscl_hub.clips.video import stream_frames
 
 _HEADER_BYTES = 256 * 2**20  # read of a file before its pixels
+_HEADER_READS = 1_000_000  # for that: four an attribute or so
 _VIDEO_CODECS = tuple(f"1.2.840.10008.1.2.4.{number}" for number in range(100, 109))  # MPEG-2, MPEG-4, HEVC
 
 
@@ -75,7 +76,7 @@ def _frames(pixels: PixelData, data, claimed: int, stride: int, note, times, fps
     path, syntax = pixels.path, pixels.syntax
     with _quiet_pydicom():
         try:
-            count = pixels.count(claimed)
+            count, usable = pixels.count(claimed), uses_window(data)
         except UnreadableClip:
             raise
         except Exception as error:
@@ -84,7 +85,7 @@ def _frames(pixels: PixelData, data, claimed: int, stride: int, note, times, fps
         raise UnreadableClip(path, f"holds {count} frames; the limit is {MAX_FRAMES}")
     if claimed and count > claimed:
         note(f"its header says {claimed} frames, {count} are in it")
-    if not uses_window(data):
+    if not usable:
         note("its window or rescale values cannot be used: shown without them")
     for index in range(0, count, stride):
         with _quiet_pydicom():
@@ -113,18 +114,20 @@ def _stream(pixels: PixelData, path: Path) -> io.BytesIO:
 
 
 class _Metered:
-    """A file of which no more than so many bytes are read before `metered` is set to False."""
+    """A file of which only so much is read until `metered` is set to False."""
 
     def __init__(self, file, path: Path):
         self.file, self.path, self.left, self.metered = file, path, _HEADER_BYTES, True
+        self.reads = _HEADER_READS
         self.seek, self.tell, self.name = file.seek, file.tell, ""
         self.size = os.fstat(file.fileno()).st_size
 
     def read(self, size=-1):
         if self.metered:
             self.left -= min(size, self.size) if size >= 0 else self.size
-            if self.left < 0:
-                raise UnreadableClip(self.path, f"more than {_HEADER_BYTES >> 20} MiB before its pixels")
+            self.reads -= 1
+            if self.left < 0 or self.reads < 0:
+                raise UnreadableClip(self.path, "more in it before its pixels than a DICOM file has")
         return self.file.read(size)
 
 

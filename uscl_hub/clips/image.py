@@ -1,6 +1,7 @@
 """Frames of pictures, by Pillow: one image, an animation or pages, or a folder of numbered files."""
 
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
@@ -14,7 +15,7 @@ from uscl_hub.clips.clip import (
     UnreadableClip,
     check_pixels,
     extension_of,
-    must_be_a_file,
+    opened,
     reason_of,
 )
 from uscl_hub.preprocess import to_grey
@@ -22,23 +23,27 @@ from uscl_hub.preprocess import to_grey
 _DEPTHS = (8, 10, 12)  # bits that scanners fill of the 16 of a picture file
 
 
-def open_image(path: Path, formats=None) -> Image.Image:
+@contextmanager
+def open_image(path: Path, formats=None) -> Iterator[Image.Image]:
     """A picture of the formats that its name may mean, `formats` or by its extension; Pillow has not decoded it yet.
 
     Raises UnreadableClip, OSError.
     """
     formats = formats or PICTURE_FORMATS.get(extension_of(path), ())
-    must_be_a_file(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own bomb warning: our limit is lower
-            return Image.open(path, formats=formats)
-    except Image.DecompressionBombError as error:
-        raise UnreadableClip(path, f"more pixels than the limit of {MAX_PIXELS / 1e6:.1f} million a frame") from error
-    except Image.UnidentifiedImageError as error:
-        raise UnreadableClip(path, f"not a {' or '.join(formats)} picture, which its name says it is") from error
-    except Exception as error:  # Pillow's parsers raise nearly anything on hostile bytes
-        raise UnreadableClip(path, reason_of(error)) from error
+    with opened(path) as file:  # by a name, Pillow maps files into memory, and turned ones (EXIF) wrongly
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's own bomb warning: our limit is lower
+                image = Image.open(file, formats=formats)
+        except Image.DecompressionBombError as error:
+            limit = f"{MAX_PIXELS / 1e6:.1f} million a frame"
+            raise UnreadableClip(path, f"more pixels than the limit of {limit}") from error
+        except Image.UnidentifiedImageError as error:
+            raise UnreadableClip(path, f"not a {' or '.join(formats)} picture, which its name says it is") from error
+        except Exception as error:  # Pillow's parsers raise nearly anything on hostile bytes
+            raise UnreadableClip(path, reason_of(error)) from error
+        with image:
+            yield image
 
 
 def image_frames(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | None, float | None]]:

@@ -339,5 +339,5 @@ def test_one_preprocessing_for_training_evaluation_and_deployment(tmp_path, tiny
 def test_nothing_readable_fails(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.mp4").write_bytes(b"x")
-    with pytest.raises(CacheError, match=r"0 readable clips .*\n.*data/a\.mp4: "):
+    with pytest.raises(CacheError, match=r"0 readable clips .*; data/a\.mp4: "):
         ingest([tmp_path / "data"], tmp_path / "out", size=32, workers=0, progress=False)
