@@ -14,6 +14,7 @@ import numpy as np
 
 from uscl_hub.clips.alike import ALIKE, headers, likeness
 from uscl_hub.clips.clip import DICOM, IMAGE, VIDEO, Clip, extension_of
+from uscl_hub.files import open_regular
 
 FRAMES = ("auto", "clip", "images")
 UNKNOWN = "not a known image, video or DICOM file"
@@ -224,7 +225,7 @@ def printable(name: str) -> str:
 def _looks_like_dicom(path: Path) -> bool:
     """DICOM by its first bytes, with the preamble or, in old archives, without."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             head = file.read(132)
     except OSError:
         return False

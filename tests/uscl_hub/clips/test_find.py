@@ -201,8 +201,9 @@ def test_real_folders(folder):
     if not (DATA / folder).is_dir():
         pytest.skip("needs the real data")
     frames, measured = REAL[folder]
-    clips = [clip for clip in find_clips([DATA / folder]) if "mask" not in clip.id]
-    assert {clip.kind for clip in clips} == ({"frames"} if frames else {"image"})
+    clips = find_clips([DATA / folder])
+    assert clips == find_clips([DATA / folder], "clip" if frames else "images")
+    assert ("frames" in {clip.kind for clip in clips}) == frames
     if measured:
         grouped = [clip for clip in find_clips([DATA / folder], "clip") if clip.kind == "frames"]
         found = [likeness(clip.files) for clip in grouped]
