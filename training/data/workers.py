@@ -52,15 +52,15 @@ def ordered(function, items, count: int, preload: str):
     pool = Pool(count, preload)
     try:
         while waiting or flying:
-            while waiting and len(flying) < 2 * count:
-                item = waiting.popleft()
-                flying.append((item, pool.submit(function, item)))
-            item, future = flying.popleft()
             try:
-                results = [future.result()]
-            except BrokenProcessPool:  # one of those in flight: they are tried one by one
+                while waiting and len(flying) < 2 * count:
+                    flying.append((waiting[0], pool.submit(function, waiting[0])))
+                    waiting.popleft()
+                results = [flying[0][1].result()]
+                flying.popleft()
+            except BrokenProcessPool:  # seen at a submission, or at a result: those in flight are tried one by one
                 pool.end()
-                again = [item, *(item for item, _ in flying)]
+                again = [item for item, _ in flying] or [waiting.popleft()]
                 flying.clear()
                 results = (alone(function, item, preload) for item in again)
                 pool = None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from uscl_hub.clips import Clip, find_clips
+from uscl_hub.clips import find_clips
 from uscl_hub.clips.clip import IMAGE
 from uscl_hub.labels.items import Item, LabelError, Labels
 
@@ -47,11 +47,10 @@ def from_folder(root: Path, task: str | None, frames: str) -> Labels:
 
 def _images_with_masks(root: Path, base: Path, frames: str) -> list[Item]:
     """Every file below `base` but the masks, each with its own masks. The label is the first folder's name, or ''."""
-    clips = find_clips([base])
-    if frames == "images":
-        clips = singles(clips)
-    elif frames != "clip":
-        raise LabelError(f"frames {frames!r} is neither 'images' nor 'clip'")
+    try:
+        clips = find_clips([base], frames=frames)
+    except ValueError as error:
+        raise LabelError(str(error)) from None
     masks = masks_below(root)
     owned = {file for files in masks.values() for file in files}
     items = []
@@ -63,18 +62,6 @@ def _images_with_masks(root: Path, base: Path, frames: str) -> list[Item]:
         key = clip.files[0].with_suffix("")
         items.append(Item("/".join(parts), clip, label, masks=tuple(masks.get(key, ()))))
     return items
-
-
-def singles(clips: list[Clip]) -> list[Clip]:
-    """Every numbered image a clip of its own."""
-    out = []
-    for clip in clips:
-        if clip.kind == "frames":
-            folder = clip.id.rpartition("/")[0]
-            out += [Clip(f"{folder}/{file.name}", clip.source, "image", (file,)) for file in clip.files]
-        else:
-            out.append(clip)
-    return sorted(out, key=lambda clip: clip.id)
 
 
 def masks_below(root: Path) -> dict[Path, list[Path]]:

@@ -50,7 +50,7 @@ def _clips(table: Path, rows: list[dict[str, str]]) -> list[Clip]:
         if path in seen:
             raise LabelError(f"{table}: rows {seen[path]} and {number} both name {row['path']}. Keep one of them")
         seen[path] = number
-        found = find_clips([path])
+        found = find_clips([path], frames="clip")
         if len(found) != 1:
             raise LabelError(f"{table}: row {number}: {path} is not one image, video, DICOM file or folder of frames")
         clips.append(Clip(row["path"], found[0].source, found[0].kind, found[0].files))
