@@ -20,7 +20,8 @@ from training import run  # noqa: E402
 from training.engine import export  # noqa: E402
 from training.evaluation import report  # noqa: E402
 from training.evaluation.datasets import EvaluationError, load_task  # noqa: E402
-from uscl_hub.checkpoints import CheckpointError  # noqa: E402
+from training.messages import command  # noqa: E402
+from uscl_hub.files import write_text  # noqa: E402
 
 
 @dataclass
@@ -63,7 +64,7 @@ def main(config: Config) -> Path:
         train(one)
     evaluation.main(settings)
     result = json.loads((out / "evaluation" / "results.json").read_text(encoding="utf-8"))
-    (out / "ablation.md").write_text(table(result), encoding="utf-8")
+    write_text(out / "ablation.md", table(result))
     print(table(result))
     return out / "ablation.md"
 
@@ -140,9 +141,4 @@ def table(result: dict) -> str:
 
 if __name__ == "__main__":
     settings = configs.cli(Config, __doc__)
-    try:
-        main(settings)
-    except (EvaluationError, CheckpointError) as error:
-        sys.exit(f"ablate.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; start it again to go on")
+    command(lambda: main(settings) and None, prefix="ablate.py: ")

@@ -1,5 +1,6 @@
 """Every setting of a training, with the paper's values as defaults."""
 
+import re
 import sys
 import typing
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
@@ -7,6 +8,10 @@ from pathlib import Path
 
 import tyro
 import yaml
+
+from training.messages import user_errors_end
+from uscl_hub.errors import UserError
+from uscl_hub.files import write_text
 
 
 @dataclass
@@ -179,34 +184,60 @@ def cli(kind, description=None, args=None, fallback=None):
     for i, arg in enumerate(args):
         if arg == "--config" or arg.startswith("--config="):
             if arg == "--config" and i + 1 == len(args):
-                sys.exit("--config: name a YAML file")
+                raise SystemExit("--config: name a YAML file")
             path = arg.partition("=")[2] or args[i + 1]
             del args[i : i + (1 if "=" in arg else 2)]
             break
-    default = kind() if path is None else load(kind, path)
-    return tyro.cli(kind, args=args, default=default, description=description, config=(tyro.conf.FlagConversionOff,))
+    with user_errors_end():
+        default = kind() if path is None else load(kind, path)
+    args = with_flags(args, switches(kind))
+    return tyro.cli(kind, args=args, default=default, description=description)
+
+
+def switches(kind, prefix=""):
+    """The dotted names of the settings that are True or False."""
+    for name, type_ in typing.get_type_hints(kind).items():
+        if is_dataclass(type_):
+            yield from switches(type_, f"{prefix}{name}.")
+        elif type_ is bool:
+            yield f"{prefix}{name}"
+
+
+def with_flags(args, names):
+    """The arguments, with `--resume True` and `--resume=False`, as up to version 0.1, as `--resume`, `--no-resume`."""
+    off = {f"--{name}".replace("_", "-"): re.sub(r"(\w+)$", r"no-\1", f"--{name}").replace("_", "-") for name in names}
+    result = []
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        if arg in ("True", "False") and result and result[-1] in off:
+            result[-1] = result[-1] if arg == "True" else off[result[-1]]
+        elif (on := name.replace("_", "-")) in off and (value in ("True", "False") or not equals):
+            result.append(off[on] if value == "False" else on)
+        else:
+            result.append(arg)
+    return result
 
 
 def load(kind, path):
     """Read a YAML file into the dataclass `kind`; fields it leaves out keep their defaults.
 
     Raises:
-        SystemExit: the file is missing, is not YAML, or names an unknown field.
+        UserError: the file is missing, is not YAML, names an unknown field or has a value of another type.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        sys.exit(f"--config {path}: {' '.join(str(error).split())}")
+        raise UserError(f"--config {path}: {' '.join(str(error).split())}")
     return _fill(kind(), values, path)
 
 
 def _fill(instance, values, path, prefix=""):
     if not isinstance(values, dict):
-        sys.exit(f"{path}: {prefix.rstrip('.') or 'the file'} must be a mapping, got {values!r}")
+        raise UserError(f"{path}: {prefix.rstrip('.') or 'the file'} must be a mapping, got {values!r}")
     types = typing.get_type_hints(type(instance))
     for name, value in values.items():
         if name not in types:
-            sys.exit(f"{path}: unknown setting {prefix}{name}; known here: {', '.join(types)}")
+            raise UserError(f"{path}: unknown setting {prefix}{name}; known here: {', '.join(types)}")
         if is_dataclass(types[name]):
             value = _fill(getattr(instance, name), value, path, f"{prefix}{name}.")
         else:
@@ -214,7 +245,7 @@ def _fill(instance, values, path, prefix=""):
                 value = _convert(value, types[name])
             except (TypeError, ValueError):
                 wanted = types[name].__name__ if isinstance(types[name], type) else types[name]
-                sys.exit(f"{path}: {prefix}{name} must be {wanted}, got {value!r}")
+                raise UserError(f"{path}: {prefix}{name} must be {wanted}, got {value!r}")
         setattr(instance, name, value)
     return instance
 
@@ -244,4 +275,4 @@ def dump(config, path):
             return {k: plain(v) for k, v in value.items()}
         return list(value) if isinstance(value, tuple) else value
 
-    Path(path).write_text(yaml.safe_dump(plain(asdict(config)), sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(plain(asdict(config)), sort_keys=False))

@@ -3,33 +3,43 @@
 import contextlib
 import ctypes
 import datetime
+import itertools
 import os
+import signal
+import socket
 import sys
+import threading
+import time
 
 import torch
 import torch.distributed as dist
+
+from uscl_hub.errors import UserError
 
 
 def setup(device="auto"):
     """Join the process group that `torchrun` describes, if any. Returns this process's device.
 
     Raises:
-        SystemExit: the device is unknown or not there.
+        UserError: the device is unknown or not there.
     """
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device not in ("auto", "cpu", "cuda"):
-        sys.exit(f"device: 'auto', 'cpu' or 'cuda', not {device!r}")
+        raise UserError(f"device: 'auto', 'cpu' or 'cuda', not {device!r}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if local >= torch.cuda.device_count():
-            sys.exit(f"device: this process needs GPU number {local}, torch finds {torch.cuda.device_count()} of them")
+            found = torch.cuda.device_count()
+            raise UserError(f"device: this process needs GPU number {local}, torch finds {found} of them")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        # The others wait while rank 0 decodes the clips; torchrun ends them if it dies.
+        # The others wait while rank 0 decodes the clips; their watch ends them if it dies.
         patience = datetime.timedelta(days=2)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=patience)
+        if world() > 1:
+            Watch().start()
     if device == "cpu":
         keep_freed_memory()
     return torch.device(device)
@@ -42,6 +52,72 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+
+
+class Watch(threading.Thread):
+    """Ends this process, with a line that says why, when another rank or the launcher has died.
+
+    Every rank counts up its own key of the store at MASTER_ADDR. One whose count stands still for SILENCE seconds is
+    dead, unless its last word was that it has finished. Without the watch a collective operation waits for days.
+    """
+
+    EVERY, SILENCE, GRACE = 2.0, 20.0, 30.0  # seconds
+
+    def __init__(self):
+        super().__init__(daemon=True, name="watch")
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+        self.key = f"uscl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        self.launcher = os.getppid()
+        self.names, self.seen = {}, {}
+        self.store.set(f"{self.key}/name/{rank()}", f"rank {rank()} ({socket.gethostname()}, process {os.getpid()})")
+        self.store.set(f"{self.key}/alive/{rank()}", "0")
+        dist.barrier()
+
+    def run(self):
+        for beat in itertools.count(1):
+            try:
+                if (lost := self.look(beat)) is not None:
+                    return self.end(f"{lost} has died; the last checkpoint is intact: go on with --resume")
+            except RuntimeError:  # the store is gone, with the process that kept it
+                return self.end("the launcher or rank 0 has died; the last checkpoint is intact: go on with --resume")
+            time.sleep(self.EVERY)
+
+    def look(self, beat):
+        """Tell the others that this rank lives. Returns the name of what has died, None while nothing has."""
+        self.store.set(f"{self.key}/alive/{rank()}", "finished" if finished.is_set() else str(beat))
+        now = time.monotonic()
+        for other in range(world()):
+            word = self.store.get(f"{self.key}/alive/{other}")
+            if word != self.seen.get(other, (None,))[0] or word == b"finished":
+                self.seen[other] = word, now
+            elif now - self.seen[other][1] > self.SILENCE:
+                return self.store.get(f"{self.key}/name/{other}").decode()
+        return "the launcher" if os.getppid() != self.launcher else None
+
+    def end(self, why):
+        """A running step may end and save, as after a signal; what cannot is ended after GRACE seconds."""
+        if finished.is_set():
+            return
+        with contextlib.suppress(OSError):
+            print(f"rank {rank()}: {why}", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(self.GRACE)
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def losses_named():
+    """Where an operation with the other ranks fails, give the watch the time to say which of them has died."""
+    try:
+        yield
+    except RuntimeError:
+        if world() > 1:
+            time.sleep(Watch.SILENCE + 5 * Watch.EVERY)  # it ends this process if one has
+        raise
+
+
+finished = threading.Event()  # set by a rank that has nothing more to do with the others
 
 
 def rank():

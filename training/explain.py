@@ -7,6 +7,7 @@ and writes RUN/figures/explain.png; the interval of a correlation is a bootstrap
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,8 +31,10 @@ from training.evaluation import (
     report,  # noqa: E402
 )
 from training.evaluation.datasets import EvaluationError  # noqa: E402
+from training.messages import command  # noqa: E402
 from training.method.networks import input_channels  # noqa: E402
 from training.method.step import forward  # noqa: E402
+from uscl_hub.files import write_whole  # noqa: E402
 
 DRAWS = 1000
 
@@ -120,7 +123,7 @@ def draw(pairs, sources, path):
     axes[0].set_ylabel("weight of the pair")
     axes[0].legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    write_whole(path, partial(figure.savefig, dpi=110))
     plt.close(figure)
 
 
@@ -140,10 +143,8 @@ def main(run, batches=60, model_card=None, section="weights"):
     text = describe(pairs, [clips.public[s] for s in clips.cache.sources], clips.groups)
     draw(pairs, [clips.public[s] for s in clips.cache.sources], run / "figures" / "explain.png")
     if model_card:
-        command = f"`python training/explain.py {run} --model-card {model_card}`"
-        report.replace_section(
-            Path(model_card), section, f"{command}; {state.step} steps, seed {config.seed}.\n\n{text}"
-        )
+        name = f"`python training/explain.py {run.name} --model-card {Path(model_card).name}`"
+        report.replace_section(Path(model_card), section, f"{name}; {state.step} steps, seed {config.seed}.\n\n{text}")
     print(text)
     return text
 
@@ -154,7 +155,4 @@ if __name__ == "__main__":
     parser.add_argument("--batches", type=int, default=60, help="batches of optim.batch pairs (default: 60)")
     parser.add_argument("--model-card", help="a model card whose section between results:weights markers is replaced")
     args = parser.parse_args()
-    try:
-        main(args.run, args.batches, args.model_card)
-    except EvaluationError as error:
-        sys.exit(f"explain.py: {error}")
+    command(lambda: main(args.run, args.batches, args.model_card) and None, prefix="explain.py: ")

@@ -6,6 +6,7 @@ which training/evaluate.py knows them and refuses a backbone that has seen the p
 
 import argparse
 import os
+import re
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training.evaluation.datasets import TaskError, read_csv  # noqa: E402
+from training.messages import command, one_line  # noqa: E402
 
 
 def link(root, out, licences, labels=()):
@@ -43,12 +45,16 @@ def link(root, out, licences, labels=()):
         if not (row["patient_id"] or row["source_id"]):
             raise TaskError(f"{row['path']}: file_index.csv gives neither patient_id nor source_id: unknown group")
         group = f"patient_{row['patient_id']}" if row["patient_id"] else f"source_{row['source_id']}"
+        if not re.fullmatch(r"[\w.+-][\w .+-]*", group):  # a folder's name, and no path
+            raise TaskError(f"{one_line(row['path'])}: {one_line(group)!r} in file_index.csv cannot be a folder's name")
         links[out / group / found[0].name] = found[0].resolve()
         counts[row["licence"]] += 1
     if strangers := [path for path in out.rglob("*") if not path.is_dir() and path not in links]:
         raise TaskError(f"{out}: has files that do not belong there, such as {strangers[0]}; choose another folder")
     for path, target in links.items():
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent.resolve() != out.resolve() / path.parent.name:
+            raise TaskError(f"{path.parent}: is a link to another folder; remove it")
         if not path.is_symlink():
             os.symlink(target, path)
     return dict(counts)
@@ -61,8 +67,9 @@ if __name__ == "__main__":
     parser.add_argument("--licences", nargs="+", required=True, help="as in file_index.csv, such as 'CC BY 4.0'")
     parser.add_argument("--labels", nargs="+", default=(), help="only these; default: all")
     args = parser.parse_args()
-    try:
+
+    def main():
         counted = link(args.root, args.out, args.licences, args.labels)
-    except TaskError as error:
-        sys.exit(f"licensed.py: {error}")
-    print(f"{args.out}: {', '.join(f'{n} {licence}' for licence, n in counted.items()) or 'no file'}")
+        print(f"{args.out}: {', '.join(f'{n} {licence}' for licence, n in counted.items()) or 'no file'}")
+
+    command(main, prefix="licensed.py: ")

@@ -2,13 +2,18 @@
 
 import contextlib
 import errno
+import html
 import os
+import re
 import signal
 import sys
 import threading
 
 from training import distributed
 from uscl_hub.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def say(message: str) -> None:
@@ -18,8 +23,14 @@ def say(message: str) -> None:
 
 
 def one_line(error: BaseException | str) -> str:
-    """The message without its line breaks."""
-    return " ".join(str(error).split())
+    """The message without line breaks; other characters that a terminal would obey are written out, as \\x1b."""
+    text = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def markdown(text: object) -> str:
+    """One line of plain text for a Markdown table or HTML: nothing in it is markup."""
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(one_line(str(text)), quote=False))
 
 
 @contextlib.contextmanager
@@ -28,12 +39,15 @@ def user_errors_end(prefix: str = ""):
     try:
         yield
     except UserError as error:
-        raise SystemExit(f"{prefix}{error}") from None
+        raise SystemExit(one_line(f"{prefix}{error}")) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
+            advice = "the last checkpoint, if any, is intact: make room and start it again to go on"
+        elif error.errno in FORBIDDEN and error.filename is not None:
+            advice = "choose another folder, or allow this one to be read and written"
+        else:
             raise
-        again = "the last checkpoint, if any, is intact: make room and start it again to go on"
-        raise SystemExit(f"{prefix}{error}; {again}") from None
+        raise SystemExit(one_line(f"{prefix}{error}; {advice}")) from None
 
 
 def command(main, prefix: str = "", interrupted: str = "interrupted; start it again to go on") -> None:
@@ -58,6 +72,43 @@ def command(main, prefix: str = "", interrupted: str = "interrupted; start it ag
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains
         status = 128 + signal.SIGPIPE
     sys.exit(status)
+
+
+class _Unread:
+    """A text stream whose reader may go away: what is written from then on is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def _drop(self):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            self._drop()
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self._drop()
+
+
+@contextlib.contextmanager
+def going_on_unread():
+    """Where the reader of the output goes away, what runs goes on: for work that is worth more than its messages."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_Unread, before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 def _stopping():

@@ -18,6 +18,7 @@ import torch  # noqa: E402
 from training import config as configs  # noqa: E402
 from training.engine.figures import read_log  # noqa: E402
 from training.evaluation.report import NAMES  # noqa: E402
+from training.messages import command  # noqa: E402
 from uscl_hub import registry  # noqa: E402
 from uscl_hub.checkpoints import (  # noqa: E402
     WEIGHTS_NAME,
@@ -27,7 +28,7 @@ from uscl_hub.checkpoints import (  # noqa: E402
     save_tensors,
     sha256,
 )
-from uscl_hub.files import write_whole  # noqa: E402
+from uscl_hub.files import write_json, write_whole  # noqa: E402
 
 MAX_BYTES = 25_000_000  # of a file in the wheel
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -81,7 +82,7 @@ def main(settings: Release, weights: Path = registry.WEIGHTS) -> str:
         size = file.stat().st_size
         file.unlink()
         raise CheckpointError(f"{name}: {size / 1e6:.1f} MB are too much for the wheel ({MAX_BYTES / 1e6:.0f} MB)")
-    write_whole(weights / f"{name}.json", lambda path: path.write_text(json.dumps(provenance, indent=0) + "\n"))
+    write_json(weights / f"{name}.json", provenance, indent=0)
 
     entries = json.loads((weights / "registry.json").read_text(encoding="utf-8"))
     entry = {
@@ -95,7 +96,7 @@ def main(settings: Release, weights: Path = registry.WEIGHTS) -> str:
     }
     first = {name: entry} if settings.default else {}
     entries = {**first, **entries, name: entry}
-    write_whole(weights / "registry.json", lambda path: path.write_text(json.dumps(entries, indent=2) + "\n"))
+    write_json(weights / "registry.json", entries, indent=2)
     return name
 
 
@@ -104,7 +105,7 @@ def complete_provenance(run: Path, provenance: dict) -> dict:
     licences = {source["name"]: source["licence"] for source in provenance["sources"]}
     if unknown := [source for source, licence in licences.items() if licence == "not stated"]:
         raise CheckpointError(f"{run}: no licence is stated for {', '.join(unknown)} (data.licences): not released")
-    text = (run / "manifest.json").read_text()
+    text = (run / "manifest.json").read_text(encoding="utf-8")
     if hashlib.sha256(text.encode()).hexdigest() != provenance["manifest_sha256"]:
         raise CheckpointError(f"{run / 'manifest.json'}: is not that of the export")
     log = read_log(run / "log.jsonl")
@@ -130,7 +131,5 @@ def figures_of(name: str, path: Path):
 
 
 if __name__ == "__main__":
-    try:
-        print(main(configs.cli(Release, __doc__)))
-    except (CheckpointError, OSError) as error:
-        sys.exit(f"release.py: {error}")
+    settings = configs.cli(Release, __doc__)
+    command(lambda: print(main(settings)), prefix="release.py: ")

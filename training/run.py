@@ -15,9 +15,9 @@ from training import distributed  # noqa: E402
 from training.data.dataset import prepare  # noqa: E402
 from training.engine.checks import check  # noqa: E402
 from training.engine.finish import finish  # noqa: E402
-from training.engine.state import find_checkpoint, restore  # noqa: E402
+from training.engine.state import checkpoint_bytes, find_checkpoint, restore  # noqa: E402
 from training.engine.train import build, train  # noqa: E402
-from training.messages import command, user_errors_end  # noqa: E402
+from training.messages import command, going_on_unread, user_errors_end  # noqa: E402
 from uscl_hub import files  # noqa: E402
 from uscl_hub.errors import UserError  # noqa: E402
 
@@ -26,7 +26,7 @@ DEMO = Path(__file__).parent / "configs" / "demo.yaml"
 
 def main(config: configs.Config) -> None:
     """Train, or go on, until the end or a signal. A user's mistake ends the program with one line (SystemExit)."""
-    with user_errors_end():
+    with user_errors_end(), going_on_unread():
         device = distributed.setup(config.device)
         check(config)
         out = Path(config.out)
@@ -38,9 +38,11 @@ def main(config: configs.Config) -> None:
                 restore(state, checkpoint)
             if distributed.rank() == 0:
                 configs.dump(config, out / "config.yaml")
-            if not train(state, config, clips, out, device):
-                return  # stopped by a signal, saved
-            if distributed.rank() == 0:
+            files.check_room(out, checkpoint_bytes(state))
+            with distributed.losses_named():
+                ended = train(state, config, clips, out, device)
+            distributed.finished.set()
+            if ended and distributed.rank() == 0:
                 finish(state, config, clips, out, device)
 
 
@@ -56,13 +58,18 @@ def locked(out: Path):
         return
     with contextlib.ExitStack() as stack:
         try:
+            files.check_room(out)
             stack.enter_context(files.locked(out))
         except files.InUse as error:
             raise UserError(f"out: {error}") from None
+        except OSError as error:
+            raise UserError(f"out: {out} cannot be written to ({error.strerror}); choose another") from None
+        for stale in out.glob(".checkpoint.*.tmp.pt"):  # of a run that was killed while it wrote
+            stale.unlink(missing_ok=True)
         yield
 
 
 if __name__ == "__main__":
     own_clips = any(arg.partition("=")[0] == "--data.roots" for arg in sys.argv)
     settings = configs.cli(configs.Config, __doc__, fallback=None if own_clips else DEMO)
-    command(lambda: main(settings), interrupted="interrupted; go on with --resume True")
+    command(lambda: main(settings), interrupted="interrupted; go on with --resume")

@@ -93,7 +93,8 @@ def write_whole(path, write) -> None:
             raise
         raise type(error)(error.errno, error.strerror, str(path)) from error  # the name that the user knows
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def write_text(path, text: str) -> None:

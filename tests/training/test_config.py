@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from training.config import Config, Data, Optim, Pairs, cli, dump, load
+from uscl_hub.errors import UserError
 
 
 def write(tmp_path, text):
@@ -95,17 +96,17 @@ def test_what_yaml_may_write_in_another_way(tmp_path):
 )
 def test_mistakes_in_a_file_are_one_line(tmp_path, text, message):
     path = write(tmp_path, text)
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(UserError) as error:
         load(Config, path)
-    text = str(error.value.code)
+    text = str(error.value)
     assert message in text and str(path) in text and "\n" not in text
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
-    with pytest.raises(SystemExit, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         load(Config, tmp_path / "nowhere.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"out: \xe4\xff")
-    with pytest.raises(SystemExit, match="latin.yaml"):
+    with pytest.raises(UserError, match="latin.yaml"):
         load(Config, tmp_path / "latin.yaml")
     with pytest.raises(SystemExit, match="name a YAML file"):
         cli(Config, args=["--config"])
@@ -135,6 +136,26 @@ def test_the_command_line_beats_the_file(tmp_path):
     assert cli(Config, args=[f"--config={path}", "--resume", "True"]).resume
     assert cli(Config, args=["--optim.steps", "3"], fallback=path).optim == Optim(lr=0.5, batch=4, steps=3)
     assert cli(Config, args=["--config", str(path)], fallback="nowhere.yaml").optim.lr == 0.5
+
+
+@pytest.mark.parametrize(
+    "args, resume, decay, seed",
+    [
+        ([], True, False, 0),
+        (["--resume"], True, False, 0),
+        (["--no-resume"], False, False, 0),
+        (["--resume", "True"], True, False, 0),
+        (["--resume=False", "--seed", "3"], False, False, 3),
+        (["--resume", "--optim.decay_norm_and_bias", "True", "--seed", "3"], True, True, 3),
+        (["--no-resume", "--optim.decay-norm-and-bias", "--seed=3"], False, True, 3),
+        (["--optim.no-decay-norm-and-bias", "--resume", "False"], False, False, 0),
+    ],
+)
+def test_flags_also_with_a_value(tmp_path, args, resume, decay, seed):
+    """`--resume True` is how flags were given up to version 0.1; the file says True for one and False for the other."""
+    path = write(tmp_path, "resume: true\noptim: {decay_norm_and_bias: false}")
+    settings = cli(Config, args=args, fallback=path)
+    assert (settings.resume, settings.optim.decay_norm_and_bias, settings.seed) == (resume, decay, seed)
 
 
 @pytest.mark.parametrize(

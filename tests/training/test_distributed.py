@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from training.engine import checks
 from training.engine import train as loop
 from training.method import forward_mode, step
 from training.method.networks import CMWNet, Encoder
+from uscl_hub.errors import UserError
 
 WORLD, CLIPS, PX = 2, 6, 32
 KINDS = {"exact": {}, "delayed": {"delayed": True}, "plain": None}
@@ -200,7 +202,74 @@ def same_as_alone(out, config):
 
 def test_a_batch_that_the_processes_cannot_share(tiny, monkeypatch):
     monkeypatch.setattr(distributed, "world", lambda: 3)
-    with pytest.raises(SystemExit, match="optim.batch = 4 must be a multiple of the 3 processes"):
+    with pytest.raises(UserError, match="optim.batch = 4 must be a multiple of the 3 processes"):
         checks.check(tiny())
-    with pytest.raises(SystemExit, match="meta.batch = 4 must be a multiple of the 3 processes"):
+    with pytest.raises(UserError, match="meta.batch = 4 must be a multiple of the 3 processes"):
         checks.check(tiny(optim={"batch": 6}, meta={"batch": 4}))
+
+
+def rank_of(file, number):
+    """The process of a rank of the training with these settings, found by what the system says of all processes."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command, environment = ((folder / name).read_bytes() for name in ("cmdline", "environ"))
+        except OSError:
+            continue
+        mine = str(file).encode() in command and b"torch.distributed.run" not in command
+        if mine and f"\0RANK={number}\0".encode() in b"\0" + environment:
+            return int(folder.name)
+    return None
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def without_a_launcher(file):
+    """Two ranks that know of each other by the environment alone, as under SLURM's srun. Returns rank 0's process."""
+    port = str(random.Random(os.getpid()).randrange(20000, 30000))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, str(ROOT / "training" / "run.py"), "--config", str(file)]
+    outputs = (dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), dict(stdout=subprocess.DEVNULL))
+    ranks = [
+        subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, **output)
+        for r, output in enumerate(outputs)
+    ]
+    return ranks[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by /proc")
+@pytest.mark.parametrize("who", ["rank 1", "rank 0", "launcher", "rank 1 without a launcher"])
+def test_when_one_dies_the_others_end_and_name_it(tiny, tmp_path, who):
+    """SIGKILL of a rank or of the launcher during a training by two: within a minute nothing of it is left."""
+    config = tiny(out=str(tmp_path / "run"), optim={"steps": 3000}, save_every=10, eval_epochs=10**6)
+    file = tmp_path / "c.yaml"
+    configs.dump(config, file)
+    child = without_a_launcher(file) if "without" in who else torchrun(config, file)
+    try:
+        end = time.monotonic() + 150
+        while not (tmp_path / "run" / "checkpoint.pt").exists():
+            assert child.poll() is None, child.stdout.read()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        pids = [rank_of(file, number) for number in range(2)]
+        assert all(pids)
+        killed = {"launcher": child.pid, "rank 0": pids[0]}.get(who, pids[1])
+        os.kill(killed, signal.SIGKILL)
+        start = time.monotonic()
+        while any(alive(pid) for pid in pids if pid != killed) and time.monotonic() - start < 70:
+            time.sleep(0.1)
+        assert time.monotonic() - start < 60
+        said = child.communicate(timeout=60)[0]
+    finally:
+        for pid in filter(None, (rank_of(file, number) for number in range(2))):
+            os.kill(pid, signal.SIGKILL)
+        child.kill()
+        child.wait()
+    names = {"rank 0": ["rank 0", "rank      : 0"], "launcher": ["the launcher"]}.get(who, ["rank 1 ("])
+    assert any(name in said for name in names) and ("has died" in said or who == "rank 0"), said
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] >= 10

@@ -65,3 +65,27 @@ def test_the_groups_are_those_of_the_task(downstream, tmp_path):
     groups = {"/".join(clip.id.split("/")[:2]) for clip in find_clips([tmp_path / "pocus_lung"])}
     tested = {item.group for item in load_task("pocus", downstream, tmp_path).items}
     assert groups == tested | {"pocus_lung/patient_viral0"}  # viral: linked, not tested
+
+
+@pytest.mark.parametrize("name", ["/../../home", "..", "../x", "a/b", "a\\\\b", "a\x00b", "/tmp"])
+def test_nothing_is_made_outside_of_out(root, tmp_path, name):
+    index = root / "file_index.csv"
+    index.write_text(index.read_text().replace("CC BY 4.0,0,9", f"CC BY 4.0,{name},9"))
+    before = sorted(tmp_path.rglob("*"))
+    if name == "..":  # patient_.. is an odd name, but one
+        link(root, tmp_path / "out" / "pocus_lung", ["CC BY 4.0"])
+        assert (tmp_path / "out" / "pocus_lung" / "patient_..").is_dir()
+        return
+    with pytest.raises(TaskError, match="file_index.csv"):
+        link(root, tmp_path / "out" / "pocus_lung", ["CC BY 4.0"])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_link_in_out_leads_nowhere_else(root, tmp_path):
+    out = tmp_path / "out" / "pocus_lung"
+    out.mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (out / "patient_0").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(TaskError):
+        link(root, out, ["CC BY 4.0"])
+    assert not list((tmp_path / "elsewhere").iterdir())

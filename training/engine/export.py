@@ -10,9 +10,10 @@ import torch
 
 import uscl_hub
 from training.data.groups import fingerprint  # noqa: F401  (its name here since version 0.1)
+from training.messages import markdown
 from training.method.networks import architecture
 from uscl_hub.checkpoints import save_tensors, sha256
-from uscl_hub.files import write_whole
+from uscl_hub.files import write_text, write_whole
 from uscl_hub.preprocess import MEAN, STD
 
 LICENCE_OF_CODE = "apache-2.0"
@@ -84,17 +85,19 @@ def export(backbone, name, size, folder, provenance):
         "pretrained_cfg": pretrained_cfg(name, size),
         "uscl_hub": provenance,
     }
-    write_whole(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
-    write_whole(folder / "README.md", lambda path: path.write_text(model_card(config)))
+    write_text(folder / "config.json", json.dumps(config, indent=2))
+    write_text(folder / "README.md", model_card(config))
     return folder
 
 
 def model_card(config):
     """The export's README.md, from its config.json."""
     p, cfg = config["uscl_hub"], config["pretrained_cfg"]
-    licences = sorted({s["licence"] for s in p["sources"]})
-    metrics = "\n".join(f"| {k} | {v:.4g} |" for k, v in p["metrics"].items() if v is not None)
-    sources = "\n".join(f"| {s['name']} | {s['clips']} | {s['frames']} | {s['licence']} |" for s in p["sources"])
+    licences = sorted({markdown(s["licence"]) for s in p["sources"]})
+    metrics = "\n".join(f"| {markdown(k)} | {v:.4g} |" for k, v in p["metrics"].items() if v is not None)
+    sources = "\n".join(
+        f"| {markdown(s['name'])} | {s['clips']} | {s['frames']} | {markdown(s['licence'])} |" for s in p["sources"]
+    )
     return f"""---
 library_name: timm
 pipeline_tag: image-feature-extraction
@@ -106,7 +109,7 @@ tags:
 - medical
 - meta-uscl
 ---
-# {config["architecture"]}, pretrained on ultrasound by {p["method"]}
+# {config["architecture"]}, pretrained on ultrasound by {markdown(p["method"])}
 
 {config["num_features"]} features from a {cfg["input_size"][1]} x {cfg["input_size"][2]} grey image, pretrained for
 {p["steps"]} steps with uscl-hub {p["code"]["version"]} (commit {p["code"]["commit"]}) by the

@@ -1,6 +1,7 @@
 """The figures of a training run: loss curves, weights by source, similarity against weight along a clip."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -8,13 +9,14 @@ import numpy as np
 import torch
 
 from training.engine.validation import features
+from uscl_hub.files import write_whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
 def read_log(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def loss_curves(log, path):
@@ -78,5 +80,5 @@ def similarity_against_weight(encoder, cmw, frames, size, device, path, count=10
 
 def _save(figure, path):
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    write_whole(path, partial(figure.savefig, dpi=110))
     plt.close(figure)

@@ -11,6 +11,7 @@ from training.engine import export, figures
 from training.engine.validation import features, probe_backbone, sample_frames
 from training.messages import say
 from training.method.networks import input_size
+from uscl_hub.files import write_text
 
 
 def finish(state, config, clips, out, device):
@@ -45,7 +46,7 @@ def write_manifest(clips, path):
     """One line a clip, without names or paths. Returns the rows and the sha256 of the file."""
     manifest = clips.manifest()
     text = json.dumps(manifest, indent=0)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return manifest, hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -21,10 +21,10 @@ class Log:
         if not self.on:
             return
         path = out / "log.jsonl"
-        lines = path.read_text().splitlines() if path.exists() and done else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and done else []
         kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
-        files.write_whole(path, lambda file: file.write_text("".join(kept)))  # what came later happens again
-        self.file = open(path, "a")
+        files.write_text(path, "".join(kept))  # what came later happens again
+        self.file = open(path, "a", encoding="utf-8")
         self.board = SummaryWriter(out / "tensorboard", purge_step=done + 1)
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
         self.last = {}

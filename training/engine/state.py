@@ -2,21 +2,24 @@
 
 import hashlib
 import json
-import sys
+import math
+import operator
 import zipfile
 
 import torch
 
 from training.messages import one_line, say
 from uscl_hub import files
+from uscl_hub.errors import UserError
 
 
 class State:
-    """What a checkpoint holds: networks, optimisers, the number of steps done and the settings that must not change."""
+    """What a checkpoint holds: networks, optimizers, the number of steps done and the settings that must not change."""
 
     def __init__(self, encoder, cmw, optimizer, cmw_optimizer, fixed):
         self.encoder, self.cmw, self.optimizer, self.cmw_optimizer = encoder, cmw, optimizer, cmw_optimizer
         self.step, self.fixed = 0, fixed
+        self.saved = None  # the step of the checkpoint file
 
     def parts(self):
         return {k: v for k, v in vars(self).items() if hasattr(v, "state_dict")}
@@ -31,17 +34,52 @@ def fixed(config, clips):
     return values | {"data (clips, splits, frames)": hashlib.sha256(json.dumps(cached).encode()).hexdigest()[:16]}
 
 
+class Diverged(UserError):
+    """The training has left the finite numbers; the message says which one, `ended` what to do."""
+
+    def ended(self, state):
+        kept = "no checkpoint was written" if state.saved is None else f"the checkpoint of step {state.saved} is kept"
+        return UserError(f"step {state.step}: {self}; lower optim.lr or raise optim.warmup_epochs ({kept})")
+
+
+def check_finite(state):
+    """Raise Diverged unless weights, running statistics and the optimizers' memories are all finite."""
+
+    def bad(value, name):
+        if isinstance(value, dict):
+            return next((found for key, v in value.items() if (found := bad(v, f"{name}.{key}"))), None)
+        if isinstance(value, (list, tuple)):
+            return next((found for i, v in enumerate(value) if (found := bad(v, f"{name}.{i}"))), None)
+        if isinstance(value, torch.Tensor):
+            return None if bool(torch.isfinite(value).all()) else name
+        return None if not isinstance(value, float) or math.isfinite(value) else name
+
+    if name := next((found for k, part in state.parts().items() if (found := bad(part.state_dict(), k))), None):
+        raise Diverged(f"{name} is not finite any more")
+
+
+def checkpoint_bytes(state):
+    """About the size of the checkpoint file: weights and, for each, what its optimizer remembers."""
+    sizes = {"encoder": 2, "cmw": 3}  # SGD's momentum; Adam's two averages
+    parts = ((getattr(state, name), times) for name, times in sizes.items())
+    return sum(times * p.nbytes for part, times in parts if part is not None for p in part.parameters())
+
+
 def find_checkpoint(config, out):
     path = out / "checkpoint.pt"
     if config.resume and not path.exists():
         say(f"{path} does not exist yet: starting from the beginning")
     elif path.exists() and not config.resume:
-        sys.exit(f"{out} holds a training already: --resume True goes on with it, another --out starts a new one")
+        raise UserError(f"{out} holds a training already: --resume goes on with it, another --out starts a new one")
     return path if config.resume and path.exists() else None
 
 
 def save(state, path):
-    """Write the checkpoint, whole or not at all: a crash or a full disk leaves the old one."""
+    """Write the checkpoint, whole or not at all: a crash or a full disk leaves the old one.
+
+    Raises Diverged, before anything is written, if a number of it is not finite.
+    """
+    check_finite(state)
     content = {name: part.state_dict() for name, part in state.parts().items()}
     content |= {"step": state.step, "fixed": state.fixed}
 
@@ -52,7 +90,12 @@ def save(state, path):
     try:
         files.write_whole(path, write)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        sys.exit(f"{path}: cannot write the checkpoint ({one_line(error)}); the previous one, if any, is intact")
+        raise UserError(f"{path}: cannot write the checkpoint ({one_line(error)}); the previous one, if any, is intact")
+    state.saved = state.step
+
+
+def damaged(path, error):
+    return UserError(f"{path}: damaged or not a checkpoint of ours ({type(error).__name__}: {one_line(error)})")
 
 
 def restore(state, path):
@@ -62,13 +105,19 @@ def restore(state, path):
             if changed := archive.testzip():
                 raise zipfile.BadZipFile(f"{changed} does not match its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        there = content["fixed"]
+        there = dict(content["fixed"])
     except Exception as error:  # whatever a damaged file makes torch raise
-        sys.exit(f"{path}: damaged or not a checkpoint of ours ({type(error).__name__}: {one_line(error)})")
+        raise damaged(path, error) from error
     differ = [f"{k}: {there.get(k)!r} there, {v!r} here" for k, v in state.fixed.items() if there.get(k) != v]
     if differ:
-        sys.exit(f"{path}: --resume needs the settings it was started with; " + "; ".join(differ))
-    for name, part in state.parts().items():
-        part.load_state_dict(content[name])
-    state.step = content["step"]
+        raise UserError(f"{path}: --resume needs the settings it was started with; " + "; ".join(differ))
+    try:
+        for name, part in state.parts().items():
+            part.load_state_dict(content[name])
+        state.step = state.saved = operator.index(content["step"])
+        check_finite(state)
+    except Diverged as error:
+        raise UserError(f"{path}: {error}: start again in another folder") from None
+    except Exception as error:  # whatever a state of other shapes and types makes torch raise
+        raise damaged(path, error) from error
     say(f"resumed at step {state.step}")

@@ -14,8 +14,8 @@ from training.config import Config, training_pairs
 from training.data import batches
 from training.data.dataset import Clips
 from training.engine.log import Log
-from training.engine.state import State, fixed, save
-from training.engine.validation import DIVERGED, validate
+from training.engine.state import Diverged, State, fixed, save
+from training.engine.validation import validate
 from training.messages import one_line, say, signals_set
 from training.method.networks import CMWNet, Encoder, input_channels, input_size
 from training.method.step import Step, contrastive_step, meta_step
@@ -104,7 +104,17 @@ def loader(config: Config, clips: Clips):
 
 
 def train(state: State, config: Config, clips: Clips, out, device: torch.device) -> bool:
-    """Run the remaining steps. Returns False when a signal ended it early (the checkpoint is written)."""
+    """Run the remaining steps. Returns False when a signal ended it early (the checkpoint is written).
+
+    Raises UserError: it diverged; the message says from which step the checkpoint is.
+    """
+    try:
+        return loop(state, config, clips, out, device)
+    except Diverged as error:
+        raise error.ended(state) from None
+
+
+def loop(state: State, config: Config, clips: Clips, out, device: torch.device) -> bool:
     total, warmup, epoch = plan(config, clips)
     log = Log(out, state.step, total)
     upcoming = batches.prefetch(loader(config, clips), range(state.step, total))
@@ -124,7 +134,7 @@ def train(state: State, config: Config, clips: Clips, out, device: torch.device)
             state.step += 1
             loss = result.loss.item()  # waits for the device
             if not math.isfinite(loss):
-                raise UserError(f"step {state.step}: the loss is {loss}; {DIVERGED}")
+                raise Diverged(f"the loss is {loss}")
             seconds = time.perf_counter() - start
             log.step(state.step, loss, lr, config.optim.batch, result, seconds, waited, loaded.clips)
 
@@ -141,7 +151,7 @@ def train(state: State, config: Config, clips: Clips, out, device: torch.device)
                     save(state, out / "checkpoint.pt")
                 distributed.barrier()
             if stop and not last:
-                say(f"stopped by a signal at step {state.step} of {total}; go on with --resume True")
+                say(f"stopped by a signal at step {state.step} of {total}; go on with --resume")
                 return False
     return True
 

@@ -9,17 +9,18 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from training.config import training_pairs
 from training.data import batches
+from training.engine.state import Diverged
 from training.method.loss import info_nce
 from training.method.networks import input_channels
-from uscl_hub.errors import UserError
 from uscl_hub.preprocess import normalise, resize
-
-DIVERGED = "lower optim.lr or raise optim.warmup_epochs. The last checkpoint, if any, is from before"
 
 
 @torch.no_grad()
 def validate(encoder, config, clips, device):
-    """Loss of the validation clips' pairs (always the same ones), kNN probe and effective rank, in eval mode."""
+    """Loss of the validation clips' pairs (always the same ones), kNN probe and effective rank, in eval mode.
+
+    Raises Diverged: the loss is not finite.
+    """
     encoder.eval()
     channels, pairs = input_channels(encoder), training_pairs(config)
     losses, sizes = [], []
@@ -34,7 +35,7 @@ def validate(encoder, config, clips, device):
     encoder.train()
     loss = float(np.average(losses, weights=sizes))
     if not math.isfinite(loss):
-        raise UserError(f"the validation loss is {loss}; {DIVERGED}")
+        raise Diverged(f"the validation loss is {loss}")
     return {"val_loss": loss, **probe_backbone(encoder.backbone, config, clips, device)}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def test_signal_then_resume_equals_an_uninterrupted_run(tiny, tmp_path, monkeypa
     go_on = stop_at(step, monkeypatch, number)
     before = signal.getsignal(number)
     assert run.main(config) is None  # status 0
-    assert f"stopped by a signal at step {step} of 8; go on with --resume True" in capsys.readouterr().out
+    assert f"stopped by a signal at step {step} of 8; go on with --resume" in capsys.readouterr().out
     assert signal.getsignal(number) is before
     assert not (tmp_path / "run" / "export").exists()
     go_on()
@@ -276,3 +277,52 @@ def test_a_full_disk_under_the_log_is_one_line(tiny, tmp_path, whole, known_name
     said = refusal(tiny(out=str(whole), optim=STEPS, resume=True))
     assert "No space left on device" in said and "checkpoint, if any, is intact" in said
     assert (whole / "log.jsonl").read_bytes() == log
+
+
+# ------------------------------------------------------------------------------------- numbers that are not finite
+
+
+def poison(state, where):
+    """Make one number of the state infinite, as a training that diverges does before its loss does."""
+    if where == "weight":
+        next(state.encoder.parameters()).data.view(-1)[0] = float("nan")
+    elif where == "statistic":
+        next(b for b in state.encoder.buffers() if b.is_floating_point()).view(-1)[0] = float("inf")
+    elif where == "momentum":
+        next(iter(state.optimizer.state.values()))["momentum_buffer"].view(-1)[0] = float("inf")
+    else:
+        next(iter(state.cmw_optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = float("nan")
+
+
+@pytest.mark.parametrize("where", ["weight", "statistic", "momentum", "Adam's average"])
+def test_the_checkpoint_is_never_replaced_by_one_that_is_not_finite(tiny, tmp_path, monkeypatch, whole, where):
+    config = tiny(optim=STEPS, save_every=1, eval_epochs=99)
+    step, seen = loop.step, []
+
+    def poisoned(state, *args):
+        result = step(state, *args)
+        seen.append(state)
+        if len(seen) == 5:
+            poison(state, where)
+        return result
+
+    monkeypatch.setattr(loop, "step", poisoned)
+    said = refusal(config)
+    assert re.match(r"step 5: (encoder|(cmw_)?optimizer)\.\S+ is not finite any more; lower optim.lr", said), said
+    assert "the checkpoint of step 4 is kept" in said
+    content = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert content["step"] == 4
+    monkeypatch.undo()
+    run.main(replace(config, resume=True, eval_epochs=1))
+    one, two = (torch.load(out / "checkpoint.pt", weights_only=True)["encoder"] for out in (whole, tmp_path / "run"))
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_resumed(tiny, tmp_path):
+    config = tiny(optim={"steps": 1})
+    run.main(config)
+    path = tmp_path / "run" / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    content["encoder"]["projector.0.bias"][0] = float("nan")
+    torch.save(content, path)
+    assert f"{path}: encoder.projector.0.bias is not finite" in refusal(replace(config, resume=True))
