@@ -30,7 +30,8 @@ def one_line(error: BaseException | str) -> str:
 
 def markdown(text: object) -> str:
     """One line of plain text for a Markdown table or HTML: nothing in it is markup."""
-    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(one_line(str(text)), quote=False))
+    special = r"([\\`*\[\]|~#]|_(?![^\W_])|(?<![^\W_])_)"  # an underscore inside a word is plain
+    return re.sub(special, r"\\\1", html.escape(one_line(str(text)), quote=False))
 
 
 @contextlib.contextmanager

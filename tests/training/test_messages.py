@@ -103,4 +103,5 @@ def test_a_closed_pipe_does_not_end_work():
 def test_text_for_tables():
     assert one_line("a\n\n| b\r\x1b]0;x\x07") == r"a | b \x1b]0;x\x07"
     assert markdown("<script>`x` | *y*\n\n# z") == r"&lt;script&gt;\`x\` \| \*y\* \# z"
+    assert markdown("_a_ b__c val_loss _") == r"\_a\_ b\_\_c val_loss \_"
     assert markdown("CC BY 4.0") == "CC BY 4.0"

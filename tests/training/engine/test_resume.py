@@ -239,7 +239,7 @@ full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a devic
 
 
 def temporary(path):
-    return path.with_name(f".{path.name}.temporary")
+    return path.with_name(f".{path.stem}.temporary{path.suffix}")
 
 
 @pytest.fixture
@@ -284,14 +284,13 @@ def test_a_full_disk_under_the_log_is_one_line(tiny, tmp_path, whole, known_name
 
 def poison(state, where):
     """Make one number of the state infinite, as a training that diverges does before its loss does."""
-    if where == "weight":
-        next(state.encoder.parameters()).data.view(-1)[0] = float("nan")
-    elif where == "statistic":
-        next(b for b in state.encoder.buffers() if b.is_floating_point()).view(-1)[0] = float("inf")
-    elif where == "momentum":
-        next(iter(state.optimizer.state.values()))["momentum_buffer"].view(-1)[0] = float("inf")
-    else:
-        next(iter(state.cmw_optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = float("nan")
+    values, bad = {
+        "weight": (next(state.encoder.parameters()).data, "nan"),
+        "statistic": (next(b for b in state.encoder.buffers() if b.is_floating_point()), "inf"),
+        "momentum": (next(iter(state.optimizer.state.values()))["momentum_buffer"], "inf"),
+        "Adam's average": (next(iter(state.cmw_optimizer.state.values()))["exp_avg_sq"], "nan"),
+    }[where]
+    values[(0,) * values.ndim] = float(bad)
 
 
 @pytest.mark.parametrize("where", ["weight", "statistic", "momentum", "Adam's average"])
