@@ -34,6 +34,13 @@ class Data:
     """Numbered images of one folder: 'clip', 'images' (separate ones), or 'auto' (a clip if neighbours look alike)."""
     max_frames: int = 400
     """Frames kept of a clip: its first ones."""
+    simulated: int = 0
+    """So many simulated clips of 8 frames are added to data.roots, as the source 'simulated'."""
+    stride: int = 1
+    """Keep every so-manieth frame of a clip."""
+    balance: float = 0.0
+    """0: every clip is drawn as often as any other; 1: every root folder as often as any other; between them,
+    (clips of the folder) ** (1 - balance)."""
     min_clips: int = 8
     """Fewer readable clips than this end the run."""
     workers: int = 0
@@ -77,6 +84,48 @@ class Pairs:
     """Brightness and contrast factors lie in 1 +- jitter."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    rotate: float = 0.0
+    """Each view is turned by up to so many degrees."""
+    max_seconds: float = 0.0
+    """Largest time between the frames of a pair, where a clip's frame rate is known; 0: no limit."""
+
+
+@dataclass
+class Loss:
+    """The contrastive loss."""
+
+    decoupled: bool = False
+    """Leave the positive out of the denominator (DCL, Yeh et al., ECCV 2022)."""
+
+
+@dataclass
+class Distil:
+    """Frozen teachers whose features the backbone learns to give: alone (method 'distil'), or beside a contrast."""
+
+    weight: float = 0.0
+    """Of the distillation loss beside the contrastive one; 0: none. Method 'distil' has no other loss."""
+    teachers: tuple[str, ...] = ("imagenet",)
+    """imagenet, imagenet:lite1, imagenet:lite2, timm:NAME, a released tag, or an exported folder."""
+    size: int = 224
+    """Pixels of the crops that the teachers see; the student sees the same crops at model.size."""
+    components: int = 512
+    """Principal components of the teachers' features that are targets."""
+    dense: float = 0.0
+    """Weight of the teachers' feature maps as targets, where teachers and student end in maps."""
+    batch: int = 0
+    """Crops a step; 0: optim.batch."""
+    lr: float = 1e-3
+    """AdamW's learning rate of the student's head beside a contrastive loss."""
+    scale: tuple[float, float] = (0.15, 1.0)
+    """Area of the crops."""
+    mixup: float = 0.5
+    """Share of the crops that are mixed with another one."""
+    pictures: float = 0.0
+    """Share of the crops that are cut from natural pictures (extra [imagenet])."""
+    round: int = 0
+    """Crops that the teachers look at in one go, ahead of the student; 0: a batch."""
+    passes: int = 1
+    """How often the student sees a round's crops: more where teachers are slow."""
 
 
 @dataclass
@@ -87,6 +136,11 @@ class Model:
     """Ours (meta_uscl_resnet18/34/50) or any timm model."""
     pretrained: bool = False
     """Start from the model's pretrained weights instead of at random."""
+    init: str = ""
+    """Start from: imagenet (lite0; imagenet:lite1, :lite2), timm:NAME, a released tag, an exported folder, or NAME=FILE
+    for a .safetensors file of the timm model NAME."""
+    hold: int = 0
+    """Stages that keep their weights and statistics, from the input on: 1 is the stem."""
     size: int = 64
     """Pixels of the input's sides."""
     dim: int = 128
@@ -115,7 +169,7 @@ class Meta:
 
 @dataclass
 class Optim:
-    """SGD with a cosine schedule."""
+    """SGD with a cosine schedule; AdamW for method 'distil'."""
 
     batch: int = 32
     """Clips a step, over all ranks."""
@@ -144,7 +198,8 @@ class Config:
     out: str = "runs/demo"
     """Output folder: config.yaml, checkpoint.pt, log.jsonl, tensorboard/, figures/, export/."""
     method: str = "meta_uscl"
-    """'simclr' (one frame twice, no weights), 'uscl' (PPI, no weights) or 'meta_uscl'."""
+    """'simclr' (one frame twice, no weights), 'uscl' (PPI, no weights), 'meta_uscl', or 'distil' (no pairs: the
+    features of distil.teachers)."""
     seed: int = 0
     """Fixes weights, splits, order, pairs and augmentations."""
     resume: bool = False
@@ -161,6 +216,8 @@ class Config:
     pairs: Pairs = field(default_factory=Pairs)
     model: Model = field(default_factory=Model)
     meta: Meta = field(default_factory=Meta)
+    loss: Loss = field(default_factory=Loss)
+    distil: Distil = field(default_factory=Distil)
     optim: Optim = field(default_factory=Optim)
 
 

@@ -16,7 +16,7 @@ from training.data.dataset import prepare  # noqa: E402
 from training.engine.checks import check  # noqa: E402
 from training.engine.finish import finish  # noqa: E402
 from training.engine.state import checkpoint_bytes, find_checkpoint, restore  # noqa: E402
-from training.engine.train import build, train  # noqa: E402
+from training.engine.train import build, start, train  # noqa: E402
 from training.messages import command, going_on_unread, user_errors_end  # noqa: E402
 from uscl_hub import files  # noqa: E402
 from uscl_hub.errors import UserError  # noqa: E402
@@ -34,13 +34,16 @@ def main(config: configs.Config) -> None:
             checkpoint = find_checkpoint(config, out)
             clips = prepare(config, out)
             state = build(config, clips, device)
+            distillation = start(state, config, clips, device)
             if checkpoint:
                 restore(state, checkpoint)
+            elif distillation:
+                distillation.fit()
             if distributed.rank() == 0:
                 configs.dump(config, out / "config.yaml")
             files.check_room(out, checkpoint_bytes(state))
             with distributed.losses_named():
-                ended = train(state, config, clips, out, device)
+                ended = train(state, config, clips, out, device, distillation)
             distributed.finished.set()
             if ended and distributed.rank() == 0:
                 finish(state, config, clips, out, device)

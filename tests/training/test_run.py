@@ -243,7 +243,7 @@ def refusal(config):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(method="byol"), "method: one of simclr, uscl, meta_uscl, not 'byol'"),
+        (dict(method="byol"), "method: one of simclr, uscl, meta_uscl, distil, not 'byol'"),
         (dict(precision="fp16"), "precision: one of fp32, bf16"),
         (dict(device="tpu"), "device: 'auto', 'cpu' or 'cuda', not 'tpu'"),
         (dict(save_every=0), "save_every must be at least 1 and at most 1000000000, got 0"),

@@ -15,7 +15,7 @@ import torch
 from training.config import Pairs
 from training.method import augment, pairs
 
-TRAIN, META, VAL, ORDER, EXPLAIN = range(5)  # random streams
+TRAIN, META, VAL, ORDER, EXPLAIN, DISTIL = range(6)  # random streams
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Batch:
 
     frames: torch.Tensor  # uint8 (n, K, S, S)
     mix: torch.Tensor  # float32 (n, 2, K)
-    augmentation: torch.Tensor  # float32 (n, 2, 7) or (n, 2, K, 7)
+    augmentation: torch.Tensor  # float32 (n, 2, 8) or (n, 2, K, 8)
 
     def views(self, device, size, channels):
         tensors = (self.frames, self.mix, self.augmentation)
@@ -46,7 +46,9 @@ def make_batch(cache, clips, config: Pairs, key, part=slice(None)):
     rng = np.random.default_rng(key)
     numbers, mix = choose(cache, clips, config, rng)
     shape = (len(clips), 2, config.frames) if config.augment_first else (len(clips), 2)
-    augmentation = augment.draw(shape, rng, config.crop_scale, config.crop_ratio, config.jitter, config.flip)
+    augmentation = augment.draw(
+        shape, rng, config.crop_scale, config.crop_ratio, config.jitter, config.flip, config.rotate
+    )
     return Batch(
         frames=torch.from_numpy(cache.take(np.asarray(clips)[part], numbers[part])),
         mix=torch.from_numpy(mix[part]),
@@ -63,7 +65,10 @@ def choose(cache, clips, config: Pairs, rng):
     mix = np.zeros((len(clips), 2, k), np.float32)
     chosen = np.zeros((len(clips), k), np.int64)
     for i, clip in enumerate(clips):
-        numbers = pairs.choose_frames(int(cache.lengths[clip]), k, config.max_dist, rng)
+        far = config.max_dist
+        if config.max_seconds and cache.fps[clip] > 0:  # an unknown rate is NaN
+            far = min(far, max(1, int(config.max_seconds * cache.fps[clip])))
+        numbers = pairs.choose_frames(int(cache.lengths[clip]), k, far, rng)
         weights = pairs.mixing_weights(len(numbers), config.mode, config.alpha, config.beta, rng)
         mix[i, :, : len(numbers)] = weights
         chosen[i] = np.resize(numbers, k)
@@ -74,6 +79,14 @@ def train_clips(clips, step, batch, seed):
     """The clips of step `step`: each epoch is a fresh random order of all clips; its incomplete end is left out."""
     epoch, i = divmod(step, len(clips) // batch)
     return clips[epoch_order(len(clips), seed, epoch)[i * batch : (i + 1) * batch]]
+
+
+def balanced_clips(clips, sources, balance, step, batch, seed):
+    """The clips of step `step`, each at most once in it, a source as often as its clips ** (1 - balance) say."""
+    names, of, counts = np.unique(sources, return_inverse=True, return_counts=True)
+    chance = counts[of] ** -float(balance)
+    rng = np.random.default_rng((seed, TRAIN, step, ORDER))
+    return clips[rng.choice(len(clips), batch, replace=False, p=chance / chance.sum())]
 
 
 @lru_cache(maxsize=1)

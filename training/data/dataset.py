@@ -11,6 +11,8 @@ from training.data.simulate import write_demo
 from training.messages import say
 from uscl_hub.errors import UserError
 
+SIMULATED = "simulated"  # the source's name
+
 
 class Clips:
     """The frame cache with every clip's group and label, and the clips of each split (arrays of cache indices)."""
@@ -29,6 +31,8 @@ class Clips:
             source: source if source in config.data.licences else f"source {i}"
             for i, source in enumerate(sorted(set(cache.sources)), start=1)
         }
+        if SIMULATED in self.public and config.data.simulated:
+            self.public[SIMULATED] = SIMULATED
         if not config.data.roots:
             self.public = dict.fromkeys(self.public, "simulated")
 
@@ -48,6 +52,17 @@ class Clips:
         ]
 
 
+def _simulated(config, out):
+    """The folder of data.simulated clips, made once. Its parent's name tells how many there are."""
+    folder = out / f"simulated_{config.data.simulated}" / SIMULATED
+    if distributed.rank() == 0 and not folder.exists():
+        say(f"simulating {config.data.simulated} B-mode clips")
+        partial = folder.with_name("partial")
+        write_demo(partial, clips=config.data.simulated, frames=8, size=256, seed=config.seed)
+        partial.rename(folder)
+    return str(folder)
+
+
 def prepare(config, out):
     """Ingest (rank 0) and split. A problem with the data ends the run with a message."""
     roots = config.data.roots
@@ -59,6 +74,8 @@ def prepare(config, out):
                 write_demo(out / "demo.partial", clips=120, frames=24, size=96, seed=config.seed)
                 (out / "demo.partial").rename(out / "demo")
             roots = (str(out / "demo"),)
+        if config.data.simulated:
+            roots = (*roots, _simulated(config, out))
         cache = None
         if distributed.rank() == 0:
             cache = ingest(
@@ -67,6 +84,7 @@ def prepare(config, out):
                 size=config.data.cache_size or round(1.25 * config.model.size),
                 crop=config.data.crop,
                 max_frames=config.data.max_frames,
+                stride=config.data.stride,
                 workers=config.data.workers or None,
                 min_clips=config.data.min_clips,
                 sheets=config.data.sheets,

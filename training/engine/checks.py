@@ -19,6 +19,9 @@ RANGES = {  # of the numbers that a user may get wrong; the upper ends are beyon
     "data.max_frames": (1, 10**6),
     "data.min_clips": (0, 10**9),
     "data.workers": (0, 1024),
+    "data.simulated": (0, 10**6),
+    "data.stride": (1, 10_000),
+    "data.balance": (0, 1),
     "data.meta_fraction": (TINY, 1),
     "data.val_fraction": (TINY, 1),
     "pairs.frames": (1, 1000),
@@ -27,8 +30,21 @@ RANGES = {  # of the numbers that a user may get wrong; the upper ends are beyon
     "pairs.beta": (TINY, 1000),
     "pairs.jitter": (0, 1),
     "pairs.flip": (0, 1),
+    "pairs.rotate": (0, 180),
+    "pairs.max_seconds": (0, 10**6),
+    "model.hold": (0, 100),
     "model.size": (1, 4096),
     "model.dim": (1, 2**16),
+    "distil.weight": (0, 10**6),
+    "distil.size": (8, 4096),
+    "distil.components": (1, 100_000),
+    "distil.dense": (0, 10**6),
+    "distil.batch": (0, 10**6),
+    "distil.lr": (0, 1000),
+    "distil.mixup": (0, 1),
+    "distil.pictures": (0, 1),
+    "distil.round": (0, 10**7),
+    "distil.passes": (1, 10_000),
     "meta.lr": (0, 1000),
     "meta.batch": (0, 2**20),
     "meta.hidden": (1, 2**20),
@@ -47,7 +63,7 @@ RANGES = {  # of the numbers that a user may get wrong; the upper ends are beyon
 def check(config):
     """Refuse settings that cannot work before anything is decoded."""
     for name, choices in (
-        ("method", ("simclr", "uscl", "meta_uscl")),
+        ("method", ("simclr", "uscl", "meta_uscl", "distil")),
         ("precision", ("fp32", "bf16")),
         ("data.crop", ("crop", "blank", "none")),
         ("pairs.mode", ("standard", "inner")),
@@ -62,7 +78,7 @@ def check(config):
         value = attrgetter(name)(config)
         if not low <= value <= high:  # also a NaN
             raise UserError(f"{name} must be at least {low} and at most {high}, got {value}")
-    for name, high in (("pairs.crop_scale", 1), ("pairs.crop_ratio", 1000)):
+    for name, high in (("pairs.crop_scale", 1), ("pairs.crop_ratio", 1000), ("distil.scale", 1)):
         low, top = attrgetter(name)(config)
         if not 0 < low <= top <= high:
             raise UserError(f"{name}: the smallest, then the largest, above 0 and at most {high}; got {low} {top}")

@@ -7,6 +7,7 @@ import numpy as np
 import timm
 import torch
 
+from training.data.dataset import SIMULATED
 from training.engine import export, figures
 from training.engine.validation import features, probe_backbone, sample_frames
 from training.messages import say
@@ -60,12 +61,13 @@ def describe(state, config, clips, checks, manifest):
         "seed": config.seed,
         "projector_dim": config.model.dim,
         "config": state.fixed,
+        **({"parents": state.parents} if state.parents else {}),
         "sources": [
             {
                 "name": public,
                 "clips": int((sources == name).sum()),
                 "frames": int(clips.cache.lengths[sources == name].sum()),
-                "licence": config.data.licences.get(name, "simulated" if not config.data.roots else "not stated"),
+                "licence": licence_of(name, config),
             }
             for name, public in clips.public.items()
         ],
@@ -74,6 +76,12 @@ def describe(state, config, clips, checks, manifest):
         "clips": sorted(row["sha256"] for row in rows),
         "metrics": {k: checks[k] for k in ("val_loss", "knn", "effective_rank")},
     }
+
+
+def licence_of(source, config):
+    """The licence of a source's clips, as data.licences says."""
+    simulated = not config.data.roots or (source == SIMULATED and config.data.simulated)
+    return config.data.licences.get(source, "simulated" if simulated else "not stated")
 
 
 def reloaded_difference(state, config, clips, path, device):

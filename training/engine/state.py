@@ -8,17 +8,23 @@ import zipfile
 
 import torch
 
+from training.config import Config
 from training.messages import one_line, say
 from uscl_hub import files
 from uscl_hub.errors import UserError
 
 
 class State:
-    """What a checkpoint holds: networks, optimizers, the number of steps done and the settings that must not change."""
+    """What a checkpoint holds: networks, optimizers, the number of steps done and the settings that must not change.
+
+    distiller, distiller_optimizer: the head of a distillation and, beside a contrast, its optimizer.
+    parents: provenance of the weights that the training starts from and of its teachers (not in a checkpoint).
+    """
 
     def __init__(self, encoder, cmw, optimizer, cmw_optimizer, fixed):
         self.encoder, self.cmw, self.optimizer, self.cmw_optimizer = encoder, cmw, optimizer, cmw_optimizer
-        self.step, self.fixed = 0, fixed
+        self.distiller = self.distiller_optimizer = None
+        self.step, self.fixed, self.parents = 0, fixed, []
         self.saved = None  # the step of the checkpoint file
 
     def parts(self):
@@ -27,11 +33,18 @@ class State:
 
 def fixed(config, clips):
     """The settings that a resumed run must share with the run that it continues, and a hash of clips and splits."""
-    values = {"method": config.method, "seed": config.seed, "precision": config.precision}
-    for group in ("pairs", "model", "meta", "optim"):
-        values.update({f"{group}.{k}": v for k, v in vars(getattr(config, group)).items()})
     cached = [clips.cache.path.name, clips.manifest()]
-    return values | {"data (clips, splits, frames)": hashlib.sha256(json.dumps(cached).encode()).hexdigest()[:16]}
+    return _settings(config) | {
+        "data (clips, splits, frames)": hashlib.sha256(json.dumps(cached).encode()).hexdigest()[:16]
+    }
+
+
+def _settings(config):
+    values = {"method": config.method, "seed": config.seed, "precision": config.precision}
+    values |= {"data.balance": config.data.balance}
+    for group in ("pairs", "model", "meta", "loss", "distil", "optim"):
+        values.update({f"{group}.{k}": v for k, v in vars(getattr(config, group)).items()})
+    return values
 
 
 class Diverged(UserError):
@@ -60,7 +73,8 @@ def check_finite(state):
 
 def checkpoint_bytes(state):
     """About the size of the checkpoint file: weights and, for each, what its optimizer remembers."""
-    sizes = {"encoder": 2, "cmw": 3}  # SGD's momentum; Adam's two averages
+    sgd = isinstance(state.optimizer, torch.optim.SGD)  # remembers a momentum; Adam two averages
+    sizes = {"encoder": 2 if sgd else 3, "cmw": 3, "distiller": 3}
     parts = ((getattr(state, name), times) for name, times in sizes.items())
     return sum(times * p.nbytes for part, times in parts if part is not None for p in part.parameters())
 
@@ -105,7 +119,7 @@ def restore(state, path):
             if changed := archive.testzip():
                 raise zipfile.BadZipFile(f"{changed} does not match its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        there = dict(content["fixed"])
+        there = _settings(Config()) | dict(content["fixed"])  # a setting that it does not know has its default
     except Exception as error:  # whatever a damaged file makes torch raise
         raise damaged(path, error) from error
     differ = [f"{k}: {there.get(k)!r} there, {v!r} here" for k, v in state.fixed.items() if there.get(k) != v]

@@ -13,6 +13,8 @@ from training import distributed
 from training.config import Config, training_pairs
 from training.data import batches
 from training.data.dataset import Clips
+from training.engine import sources
+from training.engine.distil import Distillation
 from training.engine.log import Log
 from training.engine.state import Diverged, State, fixed, save
 from training.engine.validation import validate
@@ -30,7 +32,34 @@ def build(config: Config, clips: Clips, device: torch.device) -> State:
     if config.method == "meta_uscl":
         cmw = CMWNet(encoder.num_features, config.meta.hidden).to(device)
         cmw_optimizer = torch.optim.Adam(cmw.parameters(), lr=config.meta.lr)
-    return State(encoder, cmw, sgd(encoder, config.optim), cmw_optimizer, fixed(config, clips))
+    optimizer = (adamw if config.method == "distil" else sgd)(encoder, config.optim, held(encoder, config.model))
+    return State(encoder, cmw, optimizer, cmw_optimizer, fixed(config, clips))
+
+
+def start(state: State, config: Config, clips: Clips, device: torch.device) -> Distillation | None:
+    """Load what a training starts from (model.init) and learns from (distil.teachers). Raises UserError."""
+    if config.model.init:
+        source = sources.load(config.model.init)
+        sources.initialise(state.encoder.backbone, source)
+        state.parents.append({"role": "init", **source.about})
+    if config.method != "distil" and not config.distil.weight:
+        return None
+    distillation = Distillation(config, clips, state.encoder, device)
+    state.parents += [{"role": "teacher", **about} for about in distillation.parents]
+    state.distiller = distillation.distiller
+    if config.method == "distil":
+        state.optimizer.add_param_group({"params": list(state.distiller.head.parameters())})
+    else:
+        state.distiller_optimizer = distillation.optimizer
+    return distillation
+
+
+def held(encoder, model):
+    """The parameters of the stages that model.hold keeps."""
+    try:
+        return encoder.hold(model.hold)
+    except ValueError as error:
+        raise UserError(f"model.hold {model.hold}: {error}") from error
 
 
 def make_encoder(model):
@@ -48,12 +77,23 @@ def make_encoder(model):
     return encoder
 
 
-def sgd(encoder, optim):
-    decay = [p for p in encoder.parameters() if p.ndim > 1 or optim.decay_norm_and_bias]
-    spared = [p for p in encoder.parameters() if p.ndim <= 1 and not optim.decay_norm_and_bias]
+def sgd(encoder, optim, kept=()):
+    """SGD; the parameters in `kept` are in a group whose learning rate is 0 (scale)."""
+    free = [p for p in encoder.parameters() if p not in kept]
+    decay = [p for p in free if p.ndim > 1 or optim.decay_norm_and_bias]
+    spared = [p for p in free if p.ndim <= 1 and not optim.decay_norm_and_bias]
     groups = [{"params": decay, "weight_decay": optim.weight_decay}]
     groups += [{"params": spared, "weight_decay": 0.0}] if spared else []
+    groups += [{"params": [p for p in encoder.parameters() if p in kept], "scale": 0.0}] if kept else []
     return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+
+
+def adamw(encoder, optim, kept=()):
+    """AdamW of the backbone: the projector takes no part in a distillation."""
+    free = [p for p in encoder.backbone.parameters() if p not in kept]
+    groups = [{"params": [p for p in free if p.ndim > 1], "weight_decay": optim.weight_decay}]
+    groups += [{"params": [p for p in free if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=optim.lr)
 
 
 class Plan(NamedTuple):
@@ -90,9 +130,14 @@ def loader(config: Config, clips: Clips):
     pairs, one_frame = training_pairs(config), replace(config.pairs, frames=1)
     meta_batch = config.meta.batch or config.optim.batch
     part, meta_part = distributed.share(config.optim.batch), distributed.share(meta_batch)
+    sources_of_train = np.array(clips.cache.sources)[clips.train]
 
     def load(step):
-        chosen = batches.train_clips(clips.train, step, config.optim.batch, config.seed)
+        if config.data.balance:
+            names, balance = sources_of_train, config.data.balance
+            chosen = batches.balanced_clips(clips.train, names, balance, step, config.optim.batch, config.seed)
+        else:
+            chosen = batches.train_clips(clips.train, step, config.optim.batch, config.seed)
         batch = batches.make_batch(clips.cache, chosen, pairs, (config.seed, batches.TRAIN, step), part)
         if config.method != "meta_uscl" or step % config.meta.every:
             return Loaded(chosen, batch, None)
@@ -103,22 +148,24 @@ def loader(config: Config, clips: Clips):
     return load
 
 
-def train(state: State, config: Config, clips: Clips, out, device: torch.device) -> bool:
+def train(state: State, config: Config, clips: Clips, out, device: torch.device, distillation=None) -> bool:
     """Run the remaining steps. Returns False when a signal ended it early (the checkpoint is written).
 
     Raises UserError: it diverged; the message says from which step the checkpoint is.
     """
     try:
-        return loop(state, config, clips, out, device)
+        return loop(state, config, clips, out, device, distillation)
     except Diverged as error:
         raise error.ended(state) from None
 
 
-def loop(state: State, config: Config, clips: Clips, out, device: torch.device) -> bool:
+def loop(state: State, config: Config, clips: Clips, out, device: torch.device, distillation=None) -> bool:
     total, warmup, epoch = plan(config, clips)
     log = Log(out, state.step, total)
-    upcoming = batches.prefetch(loader(config, clips), range(state.step, total))
-    with signals_set() as stopped, contextlib.closing(log), contextlib.closing(upcoming):
+    load = distillation.load if config.method == "distil" else loader(config, clips)
+    upcoming = batches.prefetch(load, range(state.step, total))
+    crops = contextlib.closing(distillation) if distillation else contextlib.nullcontext()
+    with signals_set() as stopped, contextlib.closing(log), contextlib.closing(upcoming), crops:
         while state.step < total:
             start = time.perf_counter()
             loaded = next(upcoming)
@@ -128,9 +175,9 @@ def loop(state: State, config: Config, clips: Clips, out, device: torch.device) 
             torch.manual_seed(config.seed * 1_000_003 + state.step)
             lr = learning_rate(state.step, total, warmup, config.optim.lr)
             for group in state.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("scale", 1.0)
 
-            result = step(state, config, loaded, device)
+            result = step(state, config, loaded, device, distillation)
             state.step += 1
             loss = result.loss.item()  # waits for the device
             if not math.isfinite(loss):
@@ -143,7 +190,7 @@ def loop(state: State, config: Config, clips: Clips, out, device: torch.device) 
             if last or state.step % (config.eval_epochs * epoch) == 0:
                 distributed.average_buffers(state.encoder)
                 if distributed.rank() == 0:
-                    log.check(state.step, validate(state.encoder, config, clips, device))
+                    log.check(state.step, validate(state.encoder, config, clips, device, distillation))
             if stop or last or state.step % config.save_every == 0:
                 distributed.average_buffers(state.encoder)
                 if distributed.rank() == 0:
@@ -156,13 +203,17 @@ def loop(state: State, config: Config, clips: Clips, out, device: torch.device) 
     return True
 
 
-def step(state: State, config: Config, loaded: Loaded, device: torch.device) -> Step:
+def step(state: State, config: Config, loaded, device: torch.device, distillation=None) -> Step:
     """One step of the configured method."""
+    if config.method == "distil":
+        return distillation.step(state, loaded)
+    anchor = distillation.gradients(state.encoder, state.step) if distillation else None
+    decoupled = config.loss.decoupled
     size, channels, temperature = config.model.size, input_channels(state.encoder), config.optim.temperature
     views = loaded.pairs.views(device, size, channels)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         if loaded.clean is None:
-            return contrastive_step(state.encoder, state.optimizer, views, temperature, state.cmw)
+            return contrastive_step(state.encoder, state.optimizer, views, temperature, state.cmw, decoupled, anchor)
         return meta_step(
             state.encoder,
             state.cmw,
@@ -174,4 +225,6 @@ def step(state: State, config: Config, loaded: Loaded, device: torch.device) -> 
             config.meta.delayed,
             config.meta.tangent,
             config.meta.shuffle,
+            decoupled,
+            anchor,
         )

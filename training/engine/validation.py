@@ -16,12 +16,24 @@ from uscl_hub.preprocess import normalise, resize
 
 
 @torch.no_grad()
-def validate(encoder, config, clips, device):
-    """Loss of the validation clips' pairs (always the same ones), kNN probe and effective rank, in eval mode.
+def validate(encoder, config, clips, device, distillation=None):
+    """Loss on the validation clips (always the same pairs or crops), kNN probe and effective rank, in eval mode.
 
     Raises Diverged: the loss is not finite.
     """
     encoder.eval()
+    if config.method == "distil":
+        loss = distillation.validate(encoder.backbone)
+    else:
+        loss = contrastive_loss(encoder, config, clips, device)
+    encoder.train()
+    if not math.isfinite(loss):
+        raise Diverged(f"the validation loss is {loss}")
+    return {"val_loss": loss, **probe_backbone(encoder.backbone, config, clips, device)}
+
+
+def contrastive_loss(encoder, config, clips, device):
+    """Mean loss of the validation clips' pairs."""
     channels, pairs = input_channels(encoder), training_pairs(config)
     losses, sizes = [], []
     for i in range(0, len(clips.val) - 1, config.optim.batch):  # a batch of one clip has no negative
@@ -30,13 +42,10 @@ def validate(encoder, config, clips, device):
             break
         batch = batches.make_batch(clips.cache, chosen, pairs, (config.seed, batches.VAL, i))
         _, z = encoder(batch.views(device, config.model.size, channels))
-        losses.append(info_nce(z.unflatten(0, (2, -1)), None, config.optim.temperature).item())
+        z = z.unflatten(0, (2, -1))
+        losses.append(info_nce(z, None, config.optim.temperature, config.loss.decoupled).item())
         sizes.append(len(chosen))
-    encoder.train()
-    loss = float(np.average(losses, weights=sizes))
-    if not math.isfinite(loss):
-        raise Diverged(f"the validation loss is {loss}")
-    return {"val_loss": loss, **probe_backbone(encoder.backbone, config, clips, device)}
+    return float(np.average(losses, weights=sizes))
 
 
 def probe_backbone(backbone, config, clips, device, most=100):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from uscl_hub.preprocess import MEAN, STD
 
 
-def draw(shape, rng, scale=(0.7, 1.0), ratio=(0.8, 1.25), jitter=0.64, flip=0.5):
+def draw(shape, rng, scale=(0.7, 1.0), ratio=(0.8, 1.25), jitter=0.64, flip=0.5, rotate=0.0):
     """Draw augmentations.
 
     Args:
@@ -24,10 +24,11 @@ def draw(shape, rng, scale=(0.7, 1.0), ratio=(0.8, 1.25), jitter=0.64, flip=0.5)
         ratio: range of the crop's aspect ratio (log-uniform); a side longer than the image is cut to it.
         jitter: brightness and contrast factors are uniform in [1 - jitter, 1 + jitter].
         flip: probability of a horizontal flip.
+        rotate: largest angle in degrees, either way.
 
     Returns:
-        float32 (*shape, 7): crop centre x, y and size x, y in units of the image, flip (+1 or -1), brightness,
-        contrast.
+        float32 (*shape, 8): crop centre x, y and size x, y in units of the image, flip (+1 or -1), brightness,
+        contrast, angle in radians.
     """
     area = rng.uniform(*scale, shape)
     aspect = np.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]), shape))
@@ -35,7 +36,8 @@ def draw(shape, rng, scale=(0.7, 1.0), ratio=(0.8, 1.25), jitter=0.64, flip=0.5)
     x, y = rng.uniform(w / 2, 1 - w / 2), rng.uniform(h / 2, 1 - h / 2)
     mirror = np.where(rng.random(shape) < flip, -1.0, 1.0)
     brightness, contrast = rng.uniform(1 - jitter, 1 + jitter, (2, *shape))
-    return np.stack([x, y, w, h, mirror, brightness, contrast], axis=-1).astype(np.float32)
+    angle = np.radians(rng.uniform(-rotate, rotate, shape)) if rotate else np.zeros(shape)
+    return np.stack([x, y, w, h, mirror, brightness, contrast, angle], axis=-1).astype(np.float32)
 
 
 def apply(images, parameters, size):
@@ -43,15 +45,16 @@ def apply(images, parameters, size):
 
     Args:
         images: float (B, S, S) in [0, 1].
-        parameters: float32 (B, 7) from `draw`, on the same device.
+        parameters: float32 (B, 8) from `draw`, on the same device.
         size: pixels of the result's sides.
 
     Returns:
         float (B, size, size) in [0, 1].
     """
-    x, y, w, h, mirror, brightness, contrast = parameters.unbind(1)
-    zero = torch.zeros_like(x)
-    theta = torch.stack([w * mirror, zero, 2 * x - 1, zero, h, 2 * y - 1], dim=1).view(-1, 2, 3)
+    x, y, w, h, mirror, brightness, contrast, angle = parameters.unbind(1)
+    cos, sin = angle.cos(), angle.sin()
+    rows = [w * mirror * cos, -h * sin, 2 * x - 1, w * mirror * sin, h * cos, 2 * y - 1]
+    theta = torch.stack(rows, dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, (len(images), 1, size, size), align_corners=False)
     images = F.grid_sample(images[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
     images = (images * brightness[:, None, None]).clamp_(0, 1)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 
-def info_nce(z, weights=None, temperature=0.5):
+def info_nce(z, weights=None, temperature=0.5, decoupled=False):
     """Weighted InfoNCE (NT-Xent) over the 2N views of N clips.
 
     Args:
@@ -12,6 +12,7 @@ def info_nce(z, weights=None, temperature=0.5):
         weights: float (N,), one positive weight a pair, of any scale: both directions of a pair share it and
             the 2N weights are normalised to sum to 1. None weighs every pair alike.
         temperature: divides the cosine similarities.
+        decoupled: the partner is not in the denominator (DCL, Yeh et al., ECCV 2022).
 
     Returns:
         The loss, a scalar: the sum over the 2N views of weight x cross-entropy of finding the view's partner
@@ -26,7 +27,12 @@ def info_nce(z, weights=None, temperature=0.5):
     z = F.normalize(z, dim=-1).flatten(0, 1)
     similarity = (z @ z.T / temperature).fill_diagonal_(float("-inf"))  # a view is not its own negative
     partner = torch.arange(2 * n, device=z.device).roll(n)
-    loss = F.cross_entropy(similarity, partner, reduction="none").view(2, n)
+    if decoupled:
+        positive = similarity.gather(1, partner[:, None])
+        others = similarity.scatter(1, partner[:, None], float("-inf"))
+        loss = (others.logsumexp(1) - positive[:, 0]).view(2, n)
+    else:
+        loss = F.cross_entropy(similarity, partner, reduction="none").view(2, n)
     if weights is None:
         return loss.mean()
     return (loss.mean(0) * weights).sum() / weights.sum()

@@ -2,6 +2,7 @@
 
 import timm
 import torch
+from timm.models import group_parameters
 from torch import nn
 
 import uscl_hub  # noqa: F401  (registers meta_uscl_resnet18, ...)
@@ -29,6 +30,34 @@ class Encoder(nn.Module):
         # Some heads (MobileNetV3) widen the pooled features: `num_features` is then not what comes out.
         self.num_features = d = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
         self.projector = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, dim))
+        self.held = []  # modules whose running statistics stay
+
+    def hold(self, stages):
+        """Keep the statistics of the first `stages` stages (1: the stem). Returns the parameters that must stay, too.
+
+        Raises:
+            ValueError: the backbone has fewer stages, or timm does not know them.
+        """
+        if not stages:
+            return set()
+        matcher = getattr(self.backbone, "group_matcher", None)
+        if matcher is None:
+            raise ValueError(f"timm does not know the stages of a {type(self.backbone).__name__}")
+        parameters = group_parameters(self.backbone, matcher(coarse=True))
+        names = sorted(parameters)
+        if stages >= len(names):
+            raise ValueError(f"it has {len(names)} stages")
+        kept = {name for stage in names[:stages] for name in parameters[stage]}
+        owners = {name.rpartition(".")[0] for name in kept}
+        self.held = [m for name, m in self.backbone.named_modules() if name in owners]
+        self.train(self.training)
+        return {p for name, p in self.backbone.named_parameters() if name in kept}
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in getattr(self, "held", ()):
+            module.eval()
+        return self
 
     def forward(self, x):
         h = self.backbone(x)

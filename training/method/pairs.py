@@ -62,7 +62,7 @@ def make_views(frames, mix, parameters, size, channels):
     Args:
         frames: uint8 (N, K, S, S).
         mix: float32 (N, 2, K), the convex weights.
-        parameters: augmentations (see `augment.draw`): (N, 2, 7) to augment the mixed views, or (N, 2, K, 7) to
+        parameters: augmentations (see `augment.draw`): (N, 2, 8) to augment the mixed views, or (N, 2, K, 8) to
             augment every frame on its own before mixing.
         size: pixels of the views' sides.
         channels: the grey view is repeated to so many channels.

@@ -24,12 +24,15 @@ class Step(NamedTuple):
     meta_seconds: float = 0.0
 
 
-def contrastive_step(encoder, optimizer, views, temperature, cmw=None):
-    """One step of SimCLR / USCL: unweighted InfoNCE (or weighted by a CMW-Net that is not updated)."""
+def contrastive_step(encoder, optimizer, views, temperature, cmw=None, decoupled=False, anchor=None):
+    """One step of SimCLR / USCL: unweighted InfoNCE (or weighted by a CMW-Net that is not updated).
+
+    decoupled, anchor: as in `meta_step`.
+    """
     h, z = forward(encoder, views)[:2]  # not the tape: it would keep what the backward pass frees
     weights = None if cmw is None else cmw(h).detach()
-    loss = info_nce(z, weights, temperature)
-    apply_gradients(encoder, optimizer, gradients(loss, encoder))
+    loss = info_nce(z, weights, temperature, decoupled)
+    apply_gradients(encoder, optimizer, add(gradients(loss, encoder), anchor))
     return Step(loss.detach(), weights)
 
 
@@ -44,6 +47,8 @@ def meta_step(
     delayed=False,
     direction="exact",
     shuffle=False,
+    decoupled=False,
+    anchor=None,
 ):
     """One step of Meta-USCL: look ahead, learn the weights from clean pairs, step with the new weights.
 
@@ -60,6 +65,9 @@ def meta_step(
             the look-ahead's gradient then serves as the final one.
         direction: 'exact' (forward mode) or 'difference' (central difference of two forward passes).
         shuffle: a control: in the final step every pair has the weight of the pair before it in the batch.
+        decoupled: of InfoNCE, see `loss.info_nce`.
+        anchor: gradient of another loss that the encoder descends beside the contrastive one (a list in the order of
+            its parameters), in the look-ahead and in the final step alike, or None.
     """
     # 1. Forward at the current weights, kept for the look-ahead and for the final backward pass.
     h, z, tape = forward(encoder, views)
@@ -68,8 +76,8 @@ def meta_step(
 
     # 2. Look ahead: the step the optimiser would take with the present CMW-Net.
     weights = cmw(h.detach() if delayed else h)
-    loss = info_nce(z, weights.detach() if delayed else weights, temperature)
-    grads = gradients(loss, encoder, retain_graph=not delayed)
+    loss = info_nce(z, weights.detach() if delayed else weights, temperature, decoupled)
+    grads = add(gradients(loss, encoder, retain_graph=not delayed), anchor)
     ahead = look_ahead(encoder, optimizer, grads)
     if direction == "exact":  # memory is scarcest in 3
         release(tape)
@@ -78,7 +86,7 @@ def meta_step(
 
     # 3. Unweighted loss of the clean pairs there, and its gradient.
     meta_z = forward(encoder, meta_views, {**ahead, **scratch_buffers(encoder)})[1]
-    meta_loss = info_nce(meta_z, None, temperature)
+    meta_loss = info_nce(meta_z, None, temperature, decoupled)
     free_in_backward(ahead.values())
     meta_grads = distributed.sum_(list(torch.autograd.grad(meta_loss, list(ahead.values()))))
     del ahead, meta_z
@@ -87,7 +95,7 @@ def meta_step(
     v = look_ahead_direction(encoder, optimizer, meta_grads)
     dh, dz = push_forward(encoder, views, tape, v, direction)
     del meta_grads, v, tape
-    cmw_grads = directional_gradient(cmw, h, z, None if delayed else dh, dz, temperature)
+    cmw_grads = directional_gradient(cmw, h, z, None if delayed else dh, dz, temperature, decoupled)
     for p, g in zip(cmw.parameters(), cmw_grads):
         p.grad = g
     cmw_optimizer.step()
@@ -97,8 +105,8 @@ def meta_step(
     # 5. Step the encoder with the new weights.
     if not delayed:
         weights = cmw(h).detach()
-        loss = info_nce(z, weights.roll(1) if shuffle else weights, temperature)
-        grads = gradients(loss, encoder)
+        loss = info_nce(z, weights.roll(1) if shuffle else weights, temperature, decoupled)
+        grads = add(gradients(loss, encoder), anchor)
     apply_gradients(encoder, optimizer, grads)
     return Step(loss.detach(), weights.detach(), meta_loss.detach(), seconds)
 
@@ -118,6 +126,13 @@ def global_pairs(x):
 def gradients(loss, encoder, retain_graph=False):
     """Gradient of the global loss for every parameter of the encoder (a list, summed over ranks)."""
     return distributed.sum_(list(torch.autograd.grad(loss, list(encoder.parameters()), retain_graph=retain_graph)))
+
+
+def add(grads, anchor):
+    """Add another loss's gradient, in place, where there is one."""
+    if anchor is not None:
+        torch._foreach_add_(grads, anchor)
+    return grads
 
 
 def apply_gradients(encoder, optimizer, grads):
@@ -182,7 +197,7 @@ def push_forward(encoder, views, tape, direction, how="exact"):
     return global_pairs(dh), global_pairs(dz)
 
 
-def directional_gradient(cmw, h, z, dh, dz, temperature):
+def directional_gradient(cmw, h, z, dh, dz, temperature, decoupled=False):
     """Gradient, with respect to CMW-Net, of the weighted loss's derivative along (dh, dz).
 
     Args:
@@ -193,7 +208,7 @@ def directional_gradient(cmw, h, z, dh, dz, temperature):
         A list of tensors, in the order of `cmw.parameters()`.
     """
     h, z = h.detach().requires_grad_(), z.detach().requires_grad_()
-    loss = info_nce(z, cmw(h), temperature)
+    loss = info_nce(z, cmw(h), temperature, decoupled)
     if dh is None:
         (loss_z,) = torch.autograd.grad(loss, [z], create_graph=True)
         slope = (loss_z * dz).sum()

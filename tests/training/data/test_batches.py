@@ -38,7 +38,7 @@ def test_the_key_fixes_a_batch():
 def test_the_ranks_share_out_the_same_batch(monkeypatch, world, augment_first):
     clips, config = np.array([5, 0, 3, 3, 6, 7, 1, 2]), Pairs(augment_first=augment_first)
     whole = batches.make_batch(cache(), clips, config, (0, batches.TRAIN, 9))
-    assert whole.augmentation.shape == ((8, 2, 3, 7) if augment_first else (8, 2, 7))
+    assert whole.augmentation.shape == ((8, 2, 3, 8) if augment_first else (8, 2, 8))
     monkeypatch.setattr(distributed, "world", lambda: world)
     parts = []
     for rank in range(world):

@@ -10,7 +10,7 @@ from scipy import stats
 
 from training.method.augment import apply, draw, normalise
 
-NOTHING = dict(x=0.5, y=0.5, w=1.0, h=1.0, mirror=1.0, brightness=1.0, contrast=1.0)
+NOTHING = dict(x=0.5, y=0.5, w=1.0, h=1.0, mirror=1.0, brightness=1.0, contrast=1.0, angle=0.0)
 
 
 def images(n=3, px=24, seed=0):
@@ -18,7 +18,7 @@ def images(n=3, px=24, seed=0):
 
 
 def only(n=3, **changes):
-    return torch.tensor(list((NOTHING | changes).values())).expand(n, 7)
+    return torch.tensor(list((NOTHING | changes).values())).expand(n, 8)
 
 
 def test_nothing():
@@ -92,13 +92,14 @@ def test_normalise():
 
 
 def test_ranges_of_the_random_numbers():
-    x, y, w, h, mirror, brightness, contrast = draw((20000,), np.random.default_rng(0)).astype(float).T
+    x, y, w, h, mirror, brightness, contrast, angle = draw((20000,), np.random.default_rng(0)).astype(float).T
     eps = 1e-6
     assert (x - w / 2 > -eps).all() and (x + w / 2 < 1 + eps).all()  # inside the image
     assert (y - h / 2 > -eps).all() and (y + h / 2 < 1 + eps).all()
     whole = (w < 1 - eps) & (h < 1 - eps)  # no side was cut to the image
     area, ratio = (w * h)[whole], (w / h)[whole]
     assert 0.7 - eps <= area.min() < 0.71 and area.max() <= 1 and 0.8 - eps <= ratio.min() and ratio.max() <= 1.25 + eps
+    assert (angle == 0).all()
     assert set(mirror) == {-1.0, 1.0} and abs((mirror < 0).mean() - 0.5) < 0.02
     for factor in (brightness, contrast):
         assert stats.kstest(factor, stats.uniform(0.36, 1.28).cdf).pvalue > 1e-3
@@ -110,12 +111,22 @@ def test_ranges_of_the_random_numbers():
     assert stats.kstest(w * h, stats.uniform(0.1, 0.1).cdf).pvalue > 1e-3
     assert stats.kstest(np.log(w / h), stats.uniform(-np.log(2), 2 * np.log(2)).cdf).pvalue > 1e-3
     assert (draw((99,), rng, flip=0)[:, 4] == 1).all() and (draw((99,), rng, flip=1)[:, 4] == -1).all()
-    assert (draw((99,), rng, jitter=0)[:, 5:] == 1).all()
+    assert (draw((99,), rng, jitter=0)[:, 5:7] == 1).all()
+
+
+def test_rotation():
+    turned = apply(images(), only(angle=math.pi / 2), 24)
+    assert torch.allclose(turned, images().rot90(1, (1, 2)), atol=1e-4)
+    angle = draw((20000,), np.random.default_rng(0), rotate=30)[:, 7]
+    assert stats.kstest(angle, stats.uniform(-np.pi / 6, np.pi / 3).cdf).pvalue > 1e-3
+    assert np.array_equal(
+        draw((9,), np.random.default_rng(0), rotate=30)[:, :7], draw((9,), np.random.default_rng(0))[:, :7]
+    )
 
 
 def test_samples_views_and_frames_are_independent():
     parameters = draw((500, 2, 3), np.random.default_rng(0))
-    assert parameters.shape == (500, 2, 3, 7) and parameters.dtype == np.float32
+    assert parameters.shape == (500, 2, 3, 8) and parameters.dtype == np.float32
     for kind in (0, 1, 5, 6):  # place, brightness, contrast: six columns, (view, frame), over the samples
         columns = parameters[..., kind].reshape(500, 6)
         correlation = np.corrcoef(columns.T) - np.eye(6)

@@ -1,0 +1,193 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from training import run
+from training.data import batches
+from training.engine import sources
+from training.engine.sources import Source, initialise
+from training.method.loss import info_nce
+from training.method.networks import Encoder
+from uscl_hub.checkpoints import CheckpointError
+from uscl_hub.errors import UserError
+
+
+@pytest.fixture
+def teacher(monkeypatch):
+    """Stands in for ImageNet's network: a small one with weights of its own."""
+
+    def load(spec):
+        torch.manual_seed(sum(map(ord, spec)))
+        model = timm.create_model("test_efficientnet", num_classes=0).eval()
+        return Source(model, 0.5, 0.5, {"name": spec, "licence": "apache-2.0", "data": "none"})
+
+    monkeypatch.setattr(sources, "load", load)
+    monkeypatch.setattr("training.engine.distil.FIT", 512)
+
+
+SMALL = {"size": 32, "components": 8, "batch": 8}
+
+
+def checkpoint(out):
+    return torch.load(f"{out}/checkpoint.pt", weights_only=True)
+
+
+def equal(a, b):
+    flat = [torch.utils._pytree.tree_leaves({k: v for k, v in c.items() if k != "fixed"}) for c in (a, b)]
+    return all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(*flat, strict=True))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "distil", "distil": SMALL},
+        {"method": "distil", "distil": {**SMALL, "round": 24, "passes": 2, "dense": 0.5}},
+        {"method": "simclr", "distil": {**SMALL, "weight": 1.0}},
+        {"method": "meta_uscl", "distil": {**SMALL, "weight": 1.0, "dense": 0.5}, "loss": {"decoupled": True}},
+    ],
+    ids=["distil", "rounds", "simclr", "meta_uscl"],
+)
+def test_resumed_bit_for_bit_and_exported_with_its_parents(tiny, teacher, tmp_path, monkeypatch, settings):
+    config = tiny(**settings, optim={"steps": 6, "lr": 1e-3}, save_every=1)
+    whole = replace(config, out=str(tmp_path / "whole"))
+    run.main(whole)
+    train, stop = run.train, RuntimeError("stopped")
+
+    def until_three(state, *args):
+        from training.engine import train as module
+
+        step = module.step
+
+        def three(state, *args):
+            if state.step == 3:
+                raise stop
+            return step(state, *args)
+
+        monkeypatch.setattr(module, "step", three)
+        try:
+            return train(state, *args)
+        finally:
+            monkeypatch.setattr(module, "step", step)
+
+    part = replace(config, out=str(tmp_path / "part"))
+    monkeypatch.setattr(run, "train", until_three)
+    with pytest.raises(RuntimeError, match="stopped"):
+        run.main(part)
+    monkeypatch.setattr(run, "train", train)
+    assert checkpoint(part.out)["step"] == 3
+    run.main(replace(part, resume=True))
+    assert equal(checkpoint(whole.out), checkpoint(part.out))
+    provenance = json.loads((tmp_path / "whole" / "export" / "config.json").read_text())["uscl_hub"]
+    assert [(p["role"], p["name"]) for p in provenance["parents"]] == [("teacher", "imagenet")]
+
+
+def test_distillation_learns(tiny, teacher, tmp_path):
+    config = tiny(method="distil", distil=SMALL, optim={"steps": 60, "lr": 3e-3}, out=str(tmp_path / "run"))
+    run.main(config)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_weights_to_start_from(tiny, tmp_path):
+    first = tiny(method="simclr", out=str(tmp_path / "first"))
+    run.main(first)
+    config = tiny(model={"init": str(tmp_path / "first" / "export")}, optim={"steps": 1, "lr": 0.0})
+    run.main(config)
+    before, after = (
+        timm.create_model(f"local-dir:{out}/export", pretrained=True).state_dict() for out in (first.out, config.out)
+    )
+    assert all(torch.equal(before[k], after[k]) for k in before if "running" not in k and "num_batches" not in k)
+    parent = json.loads((tmp_path / "run" / "export" / "config.json").read_text())["uscl_hub"]["parents"][0]
+    assert parent["role"] == "init" and parent["method"] == "simclr" and len(parent["groups"]) == 5
+
+
+@pytest.mark.parametrize("spec, said", [("no_such_thing", "no_such_thing"), ("timm:no_such_model", "no_such_model")])
+def test_what_cannot_be_loaded_is_named(spec, said):
+    with pytest.raises((UserError, CheckpointError), match=said):
+        sources.load(spec)
+
+
+def test_a_start_that_does_not_fit_is_refused():
+    other = Source(timm.create_model("test_efficientnet", num_classes=0), 0.18, 0.24, {"name": "other"})
+    with pytest.raises(CheckpointError, match="model.init: other does not fit"):
+        initialise(timm.create_model("test_resnet", num_classes=0), other)
+
+
+def test_our_normalisation_goes_into_the_first_layers():
+    torch.manual_seed(0)
+    source = Source(timm.create_model("test_efficientnet", num_classes=0).eval(), 0.5, 0.4, {"name": "x"})
+    for module in source.model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
+    model = timm.create_model("test_efficientnet", num_classes=0).eval()
+    initialise(model, source)
+    grey = torch.rand(2, 1, 64, 64)
+    stems = []
+    for network, mean, std in ((source.model, 0.5, 0.4), (model, 0.18, 0.24)):
+        x = ((grey - mean) / std).expand(-1, 3, -1, -1)
+        stems.append(network.bn1(network.conv_stem(x))[..., 1:-1, 1:-1])  # the edge sees the padding
+    assert torch.allclose(*stems, atol=1e-4)
+
+
+def test_held_stages_stay(tiny, tmp_path):
+    for hold in (0, 2):
+        config = tiny(method="simclr", model={"hold": hold}, out=str(tmp_path / str(hold)), optim={"steps": 2})
+        run.main(config)
+    torch.manual_seed(0)
+    start = Encoder("test_resnet", 16).backbone.state_dict()
+    free, held = (
+        timm.create_model(f"local-dir:{tmp_path / str(h)}/export", pretrained=True).state_dict() for h in (0, 2)
+    )
+    kept = [k for k in start if k.startswith(("conv1", "bn1", "layer1")) and "num_batches" not in k]
+    assert len(kept) > 10
+    assert all(torch.equal(start[k], held[k]) for k in kept) and not all(torch.equal(start[k], free[k]) for k in kept)
+    assert not torch.equal(start["layer4.0.conv1.weight"], held["layer4.0.conv1.weight"])
+
+
+def test_too_many_stages_are_refused(tiny):
+    with pytest.raises(SystemExit, match="model.hold 40: it has 5 stages"):
+        run.main(tiny(model={"hold": 40}))
+
+
+def test_decoupled_loss_is_its_definition():
+    torch.manual_seed(0)
+    z = torch.randn(2, 5, 7, dtype=torch.float64)
+    flat = torch.nn.functional.normalize(z, dim=-1).flatten(0, 1)
+    losses = []
+    for i in range(10):
+        others = [flat[i] @ flat[j] / 0.5 for j in range(10) if j not in (i, (i + 5) % 10)]
+        losses.append(torch.stack(others).logsumexp(0) - flat[i] @ flat[(i + 5) % 10] / 0.5)
+    assert torch.allclose(info_nce(z, None, 0.5, decoupled=True), torch.stack(losses).mean())
+    weights = torch.rand(5, dtype=torch.float64)
+    expected = (torch.stack(losses).view(2, 5).mean(0) * weights).sum() / weights.sum()
+    assert torch.allclose(info_nce(z, weights, 0.5, decoupled=True), expected)
+
+
+@pytest.mark.parametrize("balance, share", [(0.0, 0.1), (0.5, 0.25), (1.0, 0.5)])
+def test_balanced_clips(balance, share):
+    clips, names = np.arange(100, 200), np.repeat(["a", "b"], [10, 90])
+    drawn = [batches.balanced_clips(clips, names, balance, step, 4, 0) for step in range(3000)]
+    assert all(len(set(batch)) == 4 for batch in drawn)
+    assert np.mean(np.concatenate(drawn) < 110) == pytest.approx(share, abs=0.05)
+    assert np.array_equal(drawn[7], batches.balanced_clips(clips, names, balance, 7, 4, 0))
+
+
+def test_pairs_are_near_in_time(demo):
+    from training.config import Pairs
+    from training.data.cache import FrameCache
+
+    (folder,) = (demo / "cache").glob("40px-*")
+    cache = FrameCache.open(folder)
+    cache.fps[:] = 2.0
+    rng = np.random.default_rng(0)
+    near = batches.choose(cache, np.arange(8), Pairs(max_seconds=1.0), rng)[0]
+    far = batches.choose(cache, np.arange(8), Pairs(), rng)[0]
+    assert (near.max(1) - near.min(1)).max() <= 2 < (far.max(1) - far.min(1)).max()
+    cache.fps[:] = np.nan
+    unknown = batches.choose(cache, np.arange(8), Pairs(max_seconds=1.0), rng)[0]
+    assert (unknown.max(1) - unknown.min(1)).max() > 2
