@@ -4,7 +4,6 @@ Every error is a CheckpointError that names the file and says what to do.
 """
 
 import json
-import math
 import os
 import re
 import reprlib
@@ -46,11 +45,8 @@ CREATE_MODEL = {
 }
 
 
-def _number(low, high=math.inf):
-    def test(value):
-        return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
-
-    return test
+def _number(low, high):
+    return lambda value: type(value) in (int, float) and low <= value <= high  # NaN is neither
 
 
 def _whole(low, high):
@@ -118,7 +114,11 @@ def read_config(folder) -> tuple[dict, str, dict, dict]:
     if not KEYS["num_classes"][1](cfg.get("num_classes", 0)):  # timm may have taken it from outside pretrained_cfg
         raise _wrong(path, "num_classes", cfg["num_classes"], KEYS["num_classes"][0])
     cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k not in SOURCES}
-    cfg.update({k: (cfg[k],) * cfg["input_size"][0] for k in ("mean", "std") if not isinstance(cfg[k], tuple)})
+    if known := _registered(architecture):  # the architecture decides what its layers are called
+        cfg.update(first_conv=known.first_conv, classifier=known.classifier)
+    for key in ("mean", "std"):
+        values = cfg[key] if isinstance(cfg[key], tuple) else (cfg[key],)
+        cfg[key] = values[:1] * cfg["input_size"][0] if len(set(values)) == 1 else values
     return cfg, architecture, model_args, config
 
 
@@ -146,7 +146,7 @@ def _wrong(path, key, value, expected) -> CheckpointError:
 
 def _check_config(config, path: Path) -> None:
     """Raise CheckpointError unless everything in the file that is used has a type and a range that can be used."""
-    from timm.models import PretrainedCfg, get_pretrained_cfg, is_model
+    from timm.models import PretrainedCfg
 
     if not isinstance(config, dict) or not _text(config.get("architecture")):
         raise CheckpointError(f"{path}: needs 'architecture' and a 'pretrained_cfg' table. Export the folder again")
@@ -159,6 +159,10 @@ def _check_config(config, path: Path) -> None:
         value = cfg.get(key)
         if not test(value) and (value is not None or key in NEEDED):
             raise _wrong(path, f"pretrained_cfg.{key}", value, expected)
+    channels = cfg["input_size"][0]
+    for key in ("mean", "std"):
+        if isinstance(cfg[key], list) and len(set(cfg[key])) > 1 and len(cfg[key]) != channels:
+            raise _wrong(path, f"pretrained_cfg.{key}", cfg[key], f"a number, or one for each of {channels} channels")
     if "num_classes" in config and not KEYS["num_classes"][1](config["num_classes"]):
         raise _wrong(path, "num_classes", config["num_classes"], KEYS["num_classes"][0])
     if not isinstance(arguments, dict) or (taken := sorted(arguments.keys() & CREATE_MODEL)):
@@ -170,9 +174,17 @@ def _check_config(config, path: Path) -> None:
         raise _wrong(path, "uscl_hub.sha256", about["sha256"], "64 hexadecimal digits")
     # timm drops what is called the classifier as soon as the number of classes differs: it must be no other layer
     architecture, named = config["architecture"], cfg.get("classifier")
-    known = get_pretrained_cfg(architecture, allow_unregistered=True) if is_model(architecture) else None
+    known = _registered(architecture)
     if known is not None and named is not None and _names(named) != _names(known.classifier):
         raise _wrong(path, "pretrained_cfg.classifier", named, f"{known.classifier!r}, a {architecture}'s")
+
+
+def _registered(architecture: str):
+    """timm's own pretrained_cfg of an architecture, None where it has none."""
+    from timm.models import get_pretrained_cfg, is_model
+
+    plain = architecture.partition(".")[0]
+    return get_pretrained_cfg(plain, allow_unregistered=True) if is_model(plain) else None
 
 
 def _names(value) -> tuple[str, ...]:
@@ -229,7 +241,7 @@ def _check_arguments(value) -> None:
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _check_arguments(part)
     if isinstance(value, (int, float)) and not abs(value) <= MAX_ARGUMENT:
-        raise ValueError(f"{value} is more than any network has")
+        raise ValueError(f"{reprlib.repr(value)} is more than any network has")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import timm
 import torch
 
 from uscl_hub import checkpoints, registry, sources, tensors
-from uscl_hub.errors import CheckpointError
+from uscl_hub.errors import CheckpointError, printable
 
 
 def load_meta_uscl_backbone(
@@ -88,7 +88,7 @@ def _folder_cfg(folder: Path, name: str) -> dict:
     wanted = registry.plain_name(name)
     if registry.plain_name(found) != wanted:
         right = registry.our_name(registry.plain_name(found))
-        raise CheckpointError(f"{folder}: holds a {found}, not a {wanted}: pass name={right!r}")
+        raise CheckpointError(f"{folder}: holds a {printable(found)}, not a {wanted}: pass name={right!r}")
     if name.partition(".")[0] in registry.ARCHITECTURES:  # ours are checked on their way through timm
         checkpoints.check_provenance(folder, config)
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from uscl_hub.errors import CheckpointError
+from uscl_hub.errors import CheckpointError, printable
 from uscl_hub.files import NotAFile, open_regular, sha256
 
 MAX_HEADER = 10 << 20  # bytes; a ResNet's header is about 20 kB, and the safetensors library allows 100 MB
@@ -187,9 +187,9 @@ def save_tensors(state_dict: dict[str, torch.Tensor], path) -> None:
 
 
 def one_line(error) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def some(names: list[str], limit: int = 5) -> str:
-    shown = ", ".join(str(name)[:200] for name in names[:limit])
+    shown = ", ".join(printable(str(name))[:200] for name in names[:limit])
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
