@@ -27,6 +27,7 @@ from uscl_hub.tensors import (  # noqa: F401  (also names of version 0.1)
     one_line,
     read_header,
     save_tensors,
+    shorten,
     some,
 )
 
@@ -36,12 +37,9 @@ MAX_ARGUMENT = 65_536  # in model_args: no network has more layers, or layers of
 # What a config.json may not decide: where weights are loaded from (the folder that it lies in), and how.
 SOURCES = {"url", "state_dict", "hf_hub_id", "hf_hub_filename", "custom_load"}
 CREATE_MODEL = {
-    "pretrained",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "checkpoint_path",
-    "cache_dir",
-    "features_only",
+    *("model_name", "variant", "model_cls", "model_cfg", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"),
+    *("pretrained_strict", "pretrained_filter_fn", "checkpoint_path", "cache_dir", "kwargs_filter", "device", "dtype"),
+    *("features_only", "feature_cfg", "feature_cls", "out_indices", "scriptable", "exportable", "no_jit"),
 }
 
 
@@ -81,7 +79,7 @@ KEYS = {
     "mean": ("a number, or one a channel", lambda value: _numbers(value, _number(-1e6, 1e6))),
     "std": ("a number above 0, or one a channel", lambda value: _numbers(value, _number(1e-6, 1e6))),
     "num_classes": ("a whole number from 0 to 1,000,000", _whole(0, 1_000_000)),
-    "label_offset": ("a whole number", _whole(0, 1_000_000)),
+    "label_offset": ("0 or nothing", _whole(0, 0)),
     "first_conv": ("a name or a list of names", _text_or_list),
     "classifier": ("a name or a list of names", _text_or_list),
     "architecture": ("a name", _text),
@@ -111,11 +109,11 @@ def read_config(folder) -> tuple[dict, str, dict, dict]:
         PretrainedCfg(**cfg)
     except (TypeError, ValueError, KeyError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path}: timm cannot use it ({one_line(error)}). Export the folder again") from error
-    if not KEYS["num_classes"][1](cfg.get("num_classes", 0)):  # timm may have taken it from outside pretrained_cfg
-        raise _wrong(path, "num_classes", cfg["num_classes"], KEYS["num_classes"][0])
+    _check_keys(cfg, path)  # once more: timm has taken some from outside pretrained_cfg
     cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k not in SOURCES}
     if known := _registered(architecture):  # the architecture decides what its layers are called
-        cfg.update(first_conv=known.first_conv, classifier=known.classifier)
+        fixed = bool(cfg.get("fixed_input_size")) and known.fixed_input_size
+        cfg.update(first_conv=known.first_conv, classifier=known.classifier, fixed_input_size=fixed)
     for key in ("mean", "std"):
         values = cfg[key] if isinstance(cfg[key], tuple) else (cfg[key],)
         cfg[key] = values[:1] * cfg["input_size"][0] if len(set(values)) == 1 else values
@@ -155,14 +153,7 @@ def _check_config(config, path: Path) -> None:
         raise _wrong(path, "pretrained_cfg", cfg, "a table")
     if unknown := sorted(set(cfg) - {f.name for f in fields(PretrainedCfg)}):
         raise CheckpointError(f"{path}: pretrained_cfg has keys that timm refuses: {some(unknown)}. Remove them")
-    for key, (expected, test) in KEYS.items():
-        value = cfg.get(key)
-        if not test(value) and (value is not None or key in NEEDED):
-            raise _wrong(path, f"pretrained_cfg.{key}", value, expected)
-    channels = cfg["input_size"][0]
-    for key in ("mean", "std"):
-        if isinstance(cfg[key], list) and len(set(cfg[key])) > 1 and len(cfg[key]) != channels:
-            raise _wrong(path, f"pretrained_cfg.{key}", cfg[key], f"a number, or one for each of {channels} channels")
+    _check_keys(cfg, path)
     if "num_classes" in config and not KEYS["num_classes"][1](config["num_classes"]):
         raise _wrong(path, "num_classes", config["num_classes"], KEYS["num_classes"][0])
     if not isinstance(arguments, dict) or (taken := sorted(arguments.keys() & CREATE_MODEL)):
@@ -177,6 +168,18 @@ def _check_config(config, path: Path) -> None:
     known = _registered(architecture)
     if known is not None and named is not None and _names(named) != _names(known.classifier):
         raise _wrong(path, "pretrained_cfg.classifier", named, f"{known.classifier!r}, a {architecture}'s")
+
+
+def _check_keys(cfg: dict, path: Path) -> None:
+    cfg = {key: list(value) if isinstance(value, tuple) else value for key, value in cfg.items()}
+    for key, (expected, test) in KEYS.items():
+        value = cfg.get(key)
+        if not test(value) and (value is not None or key in NEEDED):
+            raise _wrong(path, f"pretrained_cfg.{key}", value, expected)
+    channels = cfg["input_size"][0]
+    for key in ("mean", "std"):
+        if isinstance(cfg[key], list) and len(set(cfg[key])) > 1 and len(cfg[key]) != channels:
+            raise _wrong(path, f"pretrained_cfg.{key}", cfg[key], f"a number, or one for each of {channels} channels")
 
 
 def _registered(architecture: str):
@@ -222,7 +225,7 @@ def _on_meta(path, architecture: str, cfg: dict, model_args: dict, tensors: int)
 
     if not timm.is_model(architecture):
         raise CheckpointError(
-            f"{path}: timm knows no architecture {architecture!r}. "
+            f"{path}: timm knows no architecture {shorten(architecture)!r}. "
             "Install the version of timm that it was exported with"
         )
     arguments = {**model_args, "num_classes": cfg.get("num_classes", 0), "in_chans": cfg["input_size"][0]}

@@ -46,12 +46,10 @@ def read_pth(path) -> dict[str, torch.Tensor]:
             f"{path}: holds more than tensors (numpy scalars, for example), which is refused because unpickling it "
             "would run its code. If you trust whoever made it, open it once with torch.load(..., weights_only=False), "
             "save only its tensors with torch.save({'state_dict': {name: tensor, ...}}, NEW), and convert NEW "
-            f"({_first_line(error)})"
+            f"({_cause(error)})"
         ) from error
     except Exception as error:  # a damaged pickle can make the unpickler raise anything
-        raise CheckpointError(
-            f"{path}: cannot be read as a .pth file ({_first_line(error)}). Download it again"
-        ) from error
+        raise CheckpointError(f"{path}: cannot be read as a .pth file ({_cause(error)}). Download it again") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if (
         not isinstance(state, dict)
@@ -86,7 +84,7 @@ def _verified(path):
     except CheckpointError:
         raise
     except Exception as error:  # zipfile raises many kinds on damaged archives
-        raise CheckpointError(f"{path}: is damaged ({_first_line(error)}). Download it again") from error
+        raise CheckpointError(f"{path}: is damaged ({_cause(error)}). Download it again") from error
     copy.seek(0)
     return copy
 
@@ -97,8 +95,11 @@ def _refuse_allocation(pickled: bytes, path) -> None:
         raise CheckpointError(f"{path}: asks for a bytearray, which tensors do not need. Save its tensors only")
 
 
-def _first_line(error) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _cause(error) -> str:
+    """What torch or zipfile says, in one line; of torch's advice how to load the file all the same only the cause."""
+    lines = [line.split("WeightsUnpickler error: ")[-1].strip() for line in str(error).splitlines()]
+    told = [line for line in lines if line and not line.startswith(("Weights only load failed", "(1)", "(2)"))]
+    return tensors.shorten((told or [type(error).__name__])[0])
 
 
 def rename(state: dict[str, torch.Tensor], where) -> tuple[dict[str, torch.Tensor], list[str]]:

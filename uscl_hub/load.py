@@ -6,7 +6,7 @@ import timm
 import torch
 
 from uscl_hub import checkpoints, registry, sources, tensors
-from uscl_hub.errors import CheckpointError, printable
+from uscl_hub.errors import CheckpointError
 
 
 def load_meta_uscl_backbone(
@@ -59,41 +59,40 @@ def load_meta_uscl_backbone(
     if checkpoint is None and revision is not None:
         raise ValueError("revision only applies to a checkpoint on the Hub (org/name)")
     if checkpoint is not None:
-        name, cfg = _resolve(name, sources.find(checkpoint, name, revision, cache_dir))
-        if cfg is not None:
-            kwargs["pretrained_cfg"] = cfg
+        name, options = _resolve(name, sources.find(checkpoint, name, revision, cache_dir))
+        kwargs = {**options, **kwargs}
     kwargs.update({"features_only": True} if features_only else {"num_classes": num_classes})
     return timm.create_model(name, pretrained=pretrained, in_chans=in_chans, cache_dir=cache_dir, **kwargs).eval()
 
 
-def _resolve(name: str, source: sources.Source) -> tuple[str, dict | None]:
-    """A model name and the source of its weights -> (timm name, pretrained_cfg or None for the registered one)."""
+def _resolve(name: str, source: sources.Source) -> tuple[str, dict]:
+    """A model name and the source of its weights -> (timm name, arguments of create_model that the source decides)."""
     architecture = name.partition(".")[0]
     if source.release:
         if source.release.partition(".")[0] != architecture:
             right = source.release.partition(".")[0]
             raise CheckpointError(f"{source.release}: is not a checkpoint of {architecture}: pass name={right!r}")
-        return source.release, None
+        return source.release, {}
     if source.folder:
-        return architecture, _folder_cfg(source.folder, name)
+        return architecture, _of_folder(source.folder, name)
     if architecture not in registry.ARCHITECTURES:
         raise CheckpointError(
             f"{source.file}: a lone file is loaded into our models only; for {name} pass the exported folder"
         )
-    return architecture, _lone_cfg(source.file, architecture)
+    return architecture, {"pretrained_cfg": _lone_cfg(source.file, architecture)}
 
 
-def _folder_cfg(folder: Path, name: str) -> dict:
-    cfg, found, _, config = checkpoints.read_config(folder)
+def _of_folder(folder: Path, name: str) -> dict:
+    cfg, found, model_args, config = checkpoints.read_config(folder)
     wanted = registry.plain_name(name)
     if registry.plain_name(found) != wanted:
-        right = registry.our_name(registry.plain_name(found))
-        raise CheckpointError(f"{folder}: holds a {printable(found)}, not a {wanted}: pass name={right!r}")
-    if name.partition(".")[0] in registry.ARCHITECTURES:  # ours are checked on their way through timm
-        checkpoints.check_provenance(folder, config)
+        right = tensors.shorten(registry.our_name(registry.plain_name(found)))
+        raise CheckpointError(f"{folder}: holds a {tensors.shorten(found)}, not a {wanted}: pass name={right!r}")
+    if name.partition(".")[0] in registry.ARCHITECTURES and not model_args:
+        checkpoints.check_provenance(folder, config)  # all else is checked on its way through timm
     else:
         checkpoints.check_folder(folder)
-    return cfg
+    return {"pretrained_cfg": cfg, **{k: v for k, v in model_args.items() if k not in ("in_chans", "num_classes")}}
 
 
 def _lone_cfg(path, architecture: str) -> dict:

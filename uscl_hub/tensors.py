@@ -137,7 +137,7 @@ def check_values(state_dict: dict[str, torch.Tensor], model, *, where) -> dict[s
     # to the dtype of the model before timm sums the first convolution's channels: it would round the sums to 16 bit
     cast = {}
     for name, value in state_dict.items():
-        want = dtypes.get(name, usual)
+        want = dtypes.get(name, usual if value.is_floating_point() else value.dtype)
         if not is_plain(value) or want.is_floating_point and not value.is_floating_point():
             raise CheckpointError(f"{where}: {name} does not hold plain floating point numbers. Export it again")
         cast[name] = value.to(want) if want.is_floating_point else value
@@ -187,9 +187,16 @@ def save_tensors(state_dict: dict[str, torch.Tensor], path) -> None:
 
 
 def one_line(error) -> str:
-    return printable(" ".join(str(error).split())) or type(error).__name__
+    """What an exception of another library says, in one line that is not too long."""
+    return shorten(" ".join(str(error).split())) or type(error).__name__
+
+
+def shorten(text: str, length: int = 300) -> str:
+    """Printable text of at most about `length` characters: what a file says may be of any length."""
+    text = printable(text)
+    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
 
 
 def some(names: list[str], limit: int = 5) -> str:
-    shown = ", ".join(printable(str(name))[:200] for name in names[:limit])
+    shown = ", ".join(shorten(str(name)) for name in names[:limit])
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

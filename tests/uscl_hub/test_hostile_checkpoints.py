@@ -19,7 +19,7 @@ from helpers import ROOT
 from safetensors.torch import save_file
 
 import uscl_hub
-from uscl_hub import checkpoints, models, tensors
+from uscl_hub import checkpoints, models, registry, tensors
 from uscl_hub.checkpoints import check_folder
 from uscl_hub.cli import main
 from uscl_hub.convert import read_pth
@@ -137,6 +137,67 @@ def test_a_config_cannot_ask_for_more_than_the_file_holds(tmp_path, architecture
     message = refused(lambda: check_folder(folder), "config.json", f"timm cannot make a {architecture}")
     assert len(message) < 500
     assert main(["verify", str(folder)]) == 1
+
+
+SMALLER = [("resnet18", {"layers": [1, 1, 1, 1]}), ("convnext_atto", {"depths": [1, 1, 1, 1]})]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_classes": 5}, {"in_chans": 1}, {"num_classes": 2, "in_chans": 1}])
+@pytest.mark.parametrize("architecture, arguments", SMALLER)
+def test_the_arguments_that_an_architecture_was_made_with(tmp_path, architecture, arguments, options):
+    """No layer may stay random because the network is built with others than the file's."""
+    state = state_of(architecture, **arguments)
+    folder = export(tmp_path / "out", state, architecture, model_args={**arguments, "in_chans": 3, "num_classes": 0})
+    model = load(architecture.replace("resnet18", "meta_uscl_resnet18"), checkpoint=folder, **options)
+    found, free = model.state_dict(), ("conv1.", "stem.0.", "fc.", "head.fc.")
+    kept = [name for name in found if not name.startswith(free)]
+    assert len(kept) > 10 and all(torch.equal(found[name], state[name]) for name in kept)
+    check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "argument, value",
+    [
+        ("pretrained_strict", False),
+        ("pretrained_filter_fn", None),
+        ("checkpoint_path", "x.pth"),
+        ("pretrained_cfg", {}),
+        ("pretrained_cfg_overlay", {"file": "x.pth"}),
+        ("device", "meta"),
+        ("dtype", "float16"),
+        ("scriptable", True),
+    ],
+)
+def test_a_config_does_not_decide_how_weights_are_loaded(tmp_path, argument, value):
+    for name in ("resnet18", "test_resnet"):
+        folder = export(tmp_path / name, state_of(name), name, model_args={argument: value})
+        refused(lambda: load(registry.our_name(name), checkpoint=folder), "config.json", "model_args", argument)
+        refused(lambda: check_folder(folder), "config.json", argument)
+
+
+@pytest.mark.parametrize("key", ["in_chans", "img_size", "num_classes"])
+@pytest.mark.parametrize("value", ["x", -1, 10**400, 65_537, [1, "x"], {}, 1e9, True])
+def test_wrong_values_that_reach_the_config_by_its_model_args(tmp_path, key, value):
+    cfg = {"input_size": (3, 160, 160)}
+    folder = export(tmp_path / "out", state_of("test_vit"), "test_vit", cfg, model_args={key: value})
+    for options in ({}, {"num_classes": 2, "in_chans": 1}):
+        try:
+            model = load("test_vit", checkpoint=folder, **options)
+        except CheckpointError as error:
+            assert str(folder) in str(error) and str(error).isprintable()
+        else:  # the caller's come first, and the config's own
+            assert key == "num_classes" or (key, value) == ("in_chans", True), model
+
+
+def test_maps_of_a_network_whose_last_layers_are_left_out(tmp_path):
+    name = "meta_uscl_efficientnet_lite0"
+    for classes in (0, 3):
+        state, cfg = state_of("tf_efficientnet_lite0", num_classes=classes), {"num_classes": classes}
+        model = load(
+            name, checkpoint=export(tmp_path / f"{classes}", state, "tf_efficientnet_lite0", cfg), features_only=True
+        )
+        found = model.state_dict()
+        assert len(found) > 200 and all(torch.equal(value, state[key]) for key, value in found.items())
 
 
 @pytest.mark.parametrize("shape", [[64, 200_000_000, 0, 7], [64, 2**40, 7, 0], [64, 0, 7, 7], [0], [], [64, 3, 7]])
