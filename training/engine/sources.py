@@ -1,6 +1,5 @@
 """Networks that a training starts from (`model.init`) or learns from (`distil.teachers`), with where they come from."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import nn
 import uscl_hub
 from training import imagenet
 from uscl_hub import registry
-from uscl_hub.checkpoints import CheckpointError
+from uscl_hub.checkpoints import CheckpointError, read_config
 from uscl_hub.preprocess import MEAN, STD
 
 
@@ -53,7 +52,7 @@ def load(spec: str) -> Source:
         model = uscl_hub.load_meta_uscl_backbone(registry.our_name(architecture), checkpoint=file)
         return _of_cfg(model, {"name": Path(file).name, "licence": "not stated", "data": "not stated"})
     if Path(spec).is_dir():
-        config = json.loads((Path(spec) / "config.json").read_text(encoding="utf-8"))
+        *_, config = read_config(spec)
         model = uscl_hub.load_meta_uscl_backbone(registry.our_name(config["architecture"]), checkpoint=spec)
         return _of_cfg(model, {"name": Path(spec).name, **(config.get("uscl_hub") or {})})
     released = ", ".join(registry.releases())

@@ -112,6 +112,14 @@ def test_what_cannot_be_loaded_is_named(spec, said):
         sources.load(spec)
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"architecture": null}', '{"architecture": "resnet18"}', None])
+def test_a_folder_without_a_config_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=str(tmp_path / "config.json")):
+        sources.load(str(tmp_path))
+
+
 def test_a_start_that_does_not_fit_is_refused():
     other = Source(timm.create_model("test_efficientnet", num_classes=0), 0.18, 0.24, {"name": "other"})
     with pytest.raises(CheckpointError, match="model.init: other does not fit"):
