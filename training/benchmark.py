@@ -52,7 +52,7 @@ from training.engine.export import export  # noqa: E402
 from training.method.forward_mode import scratch_buffers  # noqa: E402
 from training.method.loss import info_nce  # noqa: E402
 from training.method.networks import CMWNet, Encoder, input_channels  # noqa: E402
-from training.method.step import contrastive_step, meta_step  # noqa: E402
+from training.method.step import Learner, contrastive_step, delayed_step, exact_step  # noqa: E402
 from uscl_hub.clips import UnreadableClip, find_clips, iter_frames  # noqa: E402
 from uscl_hub.features.embed import embed  # noqa: E402
 from uscl_hub.preprocess import normalise  # noqa: E402
@@ -244,11 +244,11 @@ def images(encoder, batch, px, device, layout):
 
 
 def plain(p):
-    contrastive_step(p.encoder, p.optimizer, p.views, TEMPERATURE)
+    contrastive_step(Learner(p.encoder, p.optimizer, temperature=TEMPERATURE), p.views)
 
 
-def meta(p, **options):
-    meta_step(p.encoder, p.cmw, p.optimizer, p.cmw_optimizer, p.views, p.clean, TEMPERATURE, **options)
+def meta(p, step=exact_step, tangent="exact"):
+    step(Learner(p.encoder, p.optimizer, p.cmw, p.cmw_optimizer, TEMPERATURE, tangent=tangent), p.views, p.clean)
 
 
 def bf16(step, p):
@@ -289,8 +289,8 @@ STEPS = {
     "plain": plain,
     "exact": meta,
     "double backward": double_backward,
-    "delayed": partial(meta, delayed=True),
-    "difference": partial(meta, direction="difference"),
+    "delayed": partial(meta, step=delayed_step),
+    "difference": partial(meta, tangent="difference"),
     "plain bf16": partial(bf16, plain),
     "exact bf16": partial(bf16, meta),
 }
@@ -362,7 +362,7 @@ def step_peak(name, model, px, batch, device):
 
 
 def accuracy(settings, device, folder):
-    """In the first steps the look-ahead lands where any rounding of it matters; later ones have the goals."""
+    """Early steps are sensitive to rounding; later ones have the goals."""
     px, every, settled = settings.sizes[0], 10, 2
     cache = quietly(ingest, [clip_folder(settings, folder)], folder / "accuracy", size=round(1.25 * px), progress=False)
     clips = np.arange(len(cache.ids))
@@ -371,7 +371,7 @@ def accuracy(settings, device, folder):
     batch = min(settings.batch, len(train))
     for group in p.optimizer.param_groups:
         group["lr"] = configs.Optim().lr
-    ways = {"bf16": partial(bf16, meta), "difference": partial(meta, direction="difference")}
+    ways = {"bf16": partial(bf16, meta), "difference": partial(meta, tangent="difference")}
     cosines = {name: [] for name in ways}
     for step in range(every * (settled + settings.repeats)):
         p.views, p.clean = (

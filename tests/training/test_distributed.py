@@ -25,7 +25,7 @@ from training.method.networks import CMWNet, Encoder
 from uscl_hub.errors import UserError
 
 WORLD, CLIPS, PX = 2, 6, 32
-KINDS = {"exact": {}, "delayed": {"delayed": True}, "plain": None}
+KINDS = {"exact": step.exact_step, "delayed": step.delayed_step, "plain": None}
 
 
 def problem(name):
@@ -39,7 +39,8 @@ def problem(name):
     optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
     for p in encoder.parameters():
         p.grad = 0.05 * torch.randn_like(p)
-    step.apply_gradients(encoder, optimizer, [p.grad for p in encoder.parameters()])
+    optimizer.step()
+    optimizer.zero_grad()
     batches = [torch.randn(2, CLIPS, 3, PX, PX, dtype=torch.float64) for _ in range(2)]
     return encoder, cmw, optimizer, batches
 
@@ -50,11 +51,11 @@ def one_step(name, kind, part=slice(None)):
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
     views, clean = (batch[:, part].flatten(0, 1) for batch in batches)
     if KINDS[kind] is None:
-        result = step.contrastive_step(encoder, optimizer, views, 0.5)
+        result = step.contrastive_step(step.Learner(encoder, optimizer), views)
         cmw_grads = []
     else:
         cmw_optimizer = torch.optim.Adam(cmw.parameters(), lr=1e-3)
-        result = step.meta_step(encoder, cmw, optimizer, cmw_optimizer, views, clean, 0.5, **KINDS[kind])
+        result = KINDS[kind](step.Learner(encoder, optimizer, cmw, cmw_optimizer), views, clean)
         cmw_grads = [p.grad for p in cmw.parameters()]
     distributed.average_buffers(encoder)
     moved = {k: v - before[k] for k, v in encoder.state_dict().items() if v.is_floating_point()}

@@ -98,7 +98,7 @@ def test_end_to_end_on_real_files(scans, tiny, tmp_path, capsys):
     for row in steps:
         assert row["lr"] == loop.learning_rate(row["step"] - 1, 7, 0, 0.05)
         assert len(row["weights"]) == len(row["clips"]) == 4 and all(0 < w < 1 for w in row["weights"])
-        assert 0 < row["meta_share"] < 1 and row["images_per_s"] > 0 and math.isfinite(row["meta_loss"])
+        assert row["images_per_s"] > 0 and math.isfinite(row["meta_loss"])
     assert sorted(c for r in steps[:3] for c in r["clips"]) == sorted(c for r in steps[3:6] for c in r["clips"])
     assert all(1 <= r["effective_rank"] and 0 <= r["knn"] <= 1 for r in checks)
     assert list((out / "tensorboard").glob("events*"))

@@ -39,7 +39,6 @@ class Log:
             "meta_loss": meta_loss,
             "lr": lr,
             "images_per_s": 2 * batch / seconds,
-            "meta_share": result.meta_seconds / seconds,
             "wait_share": waited / seconds,
         }
         row = {"step": step, **{k: v for k, v in numbers.items() if v is not None}}
@@ -50,7 +49,7 @@ class Log:
             self.board.add_histogram("weights", result.weights, step)
         self.file.write(json.dumps(row) + "\n")
         self.last.update(loss=f"{loss:.3f}", lr=f"{lr:.3g}")
-        self.last.update(img_s=f"{numbers['images_per_s']:.0f}", meta=f"{numbers['meta_share']:.0%}")
+        self.last.update(img_s=f"{numbers['images_per_s']:.0f}")
         self.bar.set_postfix(self.last, refresh=False)
         self.bar.update()
 

@@ -20,7 +20,7 @@ from training.engine.state import Diverged, State, fixed, save
 from training.engine.validation import validate
 from training.messages import one_line, say, signals_set
 from training.method.networks import CMWNet, Encoder, input_channels, input_size
-from training.method.step import Step, contrastive_step, meta_step
+from training.method.step import Learner, Step, contrastive_step, delayed_step, exact_step
 from uscl_hub.errors import UserError
 
 
@@ -207,24 +207,24 @@ def step(state: State, config: Config, loaded, device: torch.device, distillatio
     """One step of the configured method."""
     if config.method == "distil":
         return distillation.step(state, loaded)
-    anchor = distillation.gradients(state.encoder, state.step) if distillation else None
-    decoupled = config.loss.decoupled
-    size, channels, temperature = config.model.size, input_channels(state.encoder), config.optim.temperature
+    learner = Learner(
+        state.encoder,
+        state.optimizer,
+        state.cmw,
+        state.cmw_optimizer,
+        config.optim.temperature,
+        config.loss.decoupled,
+        config.meta.tangent,
+    )
+    anchor = None
+    if distillation:
+        anchor = dict(zip(learner.parameters, distillation.gradients(state.encoder, state.step)))
+    size, channels = config.model.size, input_channels(state.encoder)
     views = loaded.pairs.views(device, size, channels)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         if loaded.clean is None:
-            return contrastive_step(state.encoder, state.optimizer, views, temperature, state.cmw, decoupled, anchor)
-        return meta_step(
-            state.encoder,
-            state.cmw,
-            state.optimizer,
-            state.cmw_optimizer,
-            views,
-            loaded.clean.views(device, size, channels),
-            temperature,
-            config.meta.delayed,
-            config.meta.tangent,
-            config.meta.shuffle,
-            decoupled,
-            anchor,
-        )
+            return contrastive_step(learner, views, anchor)
+        clean = loaded.clean.views(device, size, channels)
+        if config.meta.delayed:
+            return delayed_step(learner, views, clean, anchor)
+        return exact_step(learner, views, clean, anchor, config.meta.shuffle)

@@ -1,119 +1,159 @@
-"""The training step of Meta-USCL, top to bottom as in the paper (section III).
+"""The training step of Meta-USCL (paper, section III), with its gradient for CMW-Net in forward mode.
+
+In the paper's symbols: the encoder (backbone and projector) has the weights theta, CMW-Net V the weights phi. A pair i
+with representations h_i and projections z_i has the weight w_i = V(h_i; phi), and the weighted contrastive loss is
+L(theta, phi) = sum_i w_i l_i(z) / sum_i w_i. L_meta is the unweighted loss of clean pairs. One step is
+
+    theta' = theta - lr (dL/dtheta(theta, phi) + a + terms without phi)    look ahead by SGD (momentum, weight decay)
+    phi    <- Adam(phi, dL_meta(theta')/dphi)                              learn the weights from clean pairs
+    theta  <- SGD(theta, dL/dtheta(theta, phi) + a)                        step with the new weights as constants
+
+where a, the anchor, is the gradient of another loss, or 0. phi enters L_meta through dL/dtheta in theta' alone, so
+
+    dL_meta(theta')/dphi = d/dphi <dL/dtheta(theta, phi), v>    with v = -lr dL_meta/dtheta'(theta') held constant
+                         = d/dphi [<dL/dh, dh> + <dL/dz, dz>],
+
+where dh and dz are the derivatives of all h and z along v. One forward-mode pass gives these two; what remains to be
+differentiated by phi is the loss and CMW-Net, behind the encoder. No second-order graph of the encoder is ever built.
 
 Shapes: a batch is N clips (over all ranks), two views each. `views` is (2n, C, H, W): this rank's n first views,
-then the n second views. Representations h are (2, N, d), projections z are (2, N, 128).
+then the n second views. Representations h are (2, N, d), projections z are (2, N, 128). Gradients and directions are
+dicts of tensors by the encoder's parameter names.
 """
 
-import time
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from training import distributed
-from training.method.forward_mode import recorded, release, same_random_numbers, scratch_buffers, tangent
+from training.method import forward_mode
 from training.method.loss import info_nce
 
 
+@dataclass
+class Learner:
+    """What learns, and its objective.
+
+    Args:
+        encoder: `networks.Encoder`; optimizer: its SGD.
+        cmw: `networks.CMWNet`, or None where pairs are not weighted; cmw_optimizer: its Adam.
+        temperature, decoupled: of InfoNCE, see `loss.info_nce`.
+        tangent: how outputs are derived along v: 'exact' (forward mode) or 'difference' (of two forward passes).
+    """
+
+    encoder: nn.Module
+    optimizer: torch.optim.Optimizer
+    cmw: nn.Module | None = None
+    cmw_optimizer: torch.optim.Optimizer | None = None
+    temperature: float = 0.5
+    decoupled: bool = False
+    tangent: str = "exact"
+
+    def loss(self, z, weights=None):
+        return info_nce(z, weights, self.temperature, self.decoupled)
+
+    @property
+    def parameters(self):
+        return dict(self.encoder.named_parameters())
+
+
 class Step(NamedTuple):
-    """What a step reports: 0-dim tensors, the final step's weights (N,), and the seconds spent on meta-learning."""
+    """What a step reports: 0-dim tensors, and the final step's weights (N,)."""
 
     loss: torch.Tensor
     weights: torch.Tensor | None
     meta_loss: torch.Tensor | None = None
-    meta_seconds: float = 0.0
 
 
-def contrastive_step(encoder, optimizer, views, temperature, cmw=None, decoupled=False, anchor=None):
-    """One step of SimCLR / USCL: unweighted InfoNCE (or weighted by a CMW-Net that is not updated).
+def contrastive_step(learner, views, anchor=None):
+    """One step of SimCLR / USCL: unweighted InfoNCE, or weighted by a CMW-Net that is not updated.
 
-    decoupled, anchor: as in `meta_step`.
+    anchor: as in `exact_step`.
     """
-    h, z = forward(encoder, views)[:2]  # not the tape: it would keep what the backward pass frees
-    weights = None if cmw is None else cmw(h).detach()
-    loss = info_nce(z, weights, temperature, decoupled)
-    apply_gradients(encoder, optimizer, add(gradients(loss, encoder), anchor))
+    h, z = forward(learner.encoder, views)[:2]  # not the tape: it would keep what the backward pass frees
+    weights = None if learner.cmw is None else learner.cmw(h).detach()
+    loss = learner.loss(z, weights)
+    apply_gradients(learner, gradients(loss, learner.parameters, anchor))
     return Step(loss.detach(), weights)
 
 
-def meta_step(
-    encoder,
-    cmw,
-    optimizer,
-    cmw_optimizer,
-    views,
-    meta_views,
-    temperature,
-    delayed=False,
-    direction="exact",
-    shuffle=False,
-    decoupled=False,
-    anchor=None,
-):
-    """One step of Meta-USCL: look ahead, learn the weights from clean pairs, step with the new weights.
-
-    The meta-loss depends on CMW-Net only through the looked-ahead weights theta' = theta - lr (dL/dtheta + ...),
-    so its gradient with respect to CMW-Net is that of <dL/dtheta, v>, with v = -lr dL_meta/dtheta'. That is the
-    derivative of the weighted loss L along v: forward mode gives it, and no second-order graph is ever built.
+def exact_step(learner, views, clean, anchor=None, shuffle=False):
+    """One step of Meta-USCL as in the paper: look ahead, learn the weights, step with the new weights.
 
     Args:
-        encoder, cmw: `model.Encoder` and `model.CMWNet`.
-        optimizer: SGD of the encoder; cmw_optimizer: of CMW-Net.
-        views: (2n, C, H, W); meta_views: (2m, C, H, W), clean pairs of held-out clips.
-        temperature: of InfoNCE.
-        delayed: step with the weights from before CMW-Net's update, taken as constants in the look-ahead too:
-            the look-ahead's gradient then serves as the final one.
-        direction: 'exact' (forward mode) or 'difference' (central difference of two forward passes).
+        learner: a `Learner` with a CMW-Net.
+        views: (2n, C, H, W); clean: (2m, C, H, W), clean pairs of held-out clips.
+        anchor: gradient of another loss that the encoder descends beside the contrastive one, or None.
         shuffle: a control: in the final step every pair has the weight of the pair before it in the batch.
-        decoupled: of InfoNCE, see `loss.info_nce`.
-        anchor: gradient of another loss that the encoder descends beside the contrastive one (a list in the order of
-            its parameters), in the look-ahead and in the final step alike, or None.
+
+    Returns:
+        A `Step`.
     """
-    # 1. Forward at the current weights, kept for the look-ahead and for the final backward pass.
-    h, z, tape = forward(encoder, views)
+    h, z, tape = forward(learner.encoder, views)  # the graph serves the look-ahead and the final step
 
-    start = time.perf_counter()
+    weights = learner.cmw(h)
+    grads = gradients(learner.loss(z, weights), learner.parameters, anchor, retain_graph=True)
+    ahead = look_ahead(learner, grads)
+    del weights, grads
+    if learner.tangent == "exact":  # memory is scarcest in the clean pairs' passes
+        forward_mode.release(tape)
+    meta_loss, meta_grads = clean_gradients(learner, clean, ahead)
+    del ahead
 
-    # 2. Look ahead: the step the optimiser would take with the present CMW-Net.
-    weights = cmw(h.detach() if delayed else h)
-    loss = info_nce(z, weights.detach() if delayed else weights, temperature, decoupled)
-    grads = add(gradients(loss, encoder, retain_graph=not delayed), anchor)
-    ahead = look_ahead(encoder, optimizer, grads)
-    if direction == "exact":  # memory is scarcest in 3
-        release(tape)
-    if not delayed:
-        del grads
+    dh, dz = push_forward(learner, views, tape, look_ahead_direction(learner, meta_grads))
+    del meta_grads, tape
+    update_cmw(learner, h, z, dh, dz)
 
-    # 3. Unweighted loss of the clean pairs there, and its gradient.
-    meta_z = forward(encoder, meta_views, {**ahead, **scratch_buffers(encoder)})[1]
-    meta_loss = info_nce(meta_z, None, temperature, decoupled)
+    weights = learner.cmw(h).detach()
+    loss = learner.loss(z, weights.roll(1) if shuffle else weights)
+    apply_gradients(learner, gradients(loss, learner.parameters, anchor))
+    return Step(loss.detach(), weights, meta_loss)
+
+
+def delayed_step(learner, views, clean, anchor=None):
+    """`exact_step` with one backward pass less: the weights are those from before CMW-Net's update, and constants in
+    the look-ahead, too, so that the look-ahead's gradient is also the final one. Arguments as there."""
+    h, z, tape = forward(learner.encoder, views)
+
+    weights = learner.cmw(h.detach()).detach()
+    loss = learner.loss(z, weights)
+    grads = gradients(loss, learner.parameters, anchor)
+    ahead = look_ahead(learner, grads)
+    if learner.tangent == "exact":
+        forward_mode.release(tape)
+    meta_loss, meta_grads = clean_gradients(learner, clean, ahead)
+    del ahead
+
+    _, dz = push_forward(learner, views, tape, look_ahead_direction(learner, meta_grads))
+    del meta_grads, tape
+    update_cmw(learner, h, z, None, dz)
+
+    apply_gradients(learner, grads)
+    return Step(loss.detach(), weights, meta_loss)
+
+
+def clean_gradients(learner, clean, ahead):
+    """Unweighted loss of the clean pairs at the weights `ahead`, and its gradient there (a dict). Frees `ahead`."""
+    z = forward(learner.encoder, clean, {**ahead, **forward_mode.scratch_buffers(learner.encoder)})[1]
+    loss = learner.loss(z)
     free_in_backward(ahead.values())
-    meta_grads = distributed.sum_(list(torch.autograd.grad(meta_loss, list(ahead.values()))))
-    del ahead, meta_z
+    return loss.detach(), gradients(loss, ahead)
 
-    # 4. Descend the meta-loss with respect to CMW-Net.
-    v = look_ahead_direction(encoder, optimizer, meta_grads)
-    dh, dz = push_forward(encoder, views, tape, v, direction)
-    del meta_grads, v, tape
-    cmw_grads = directional_gradient(cmw, h, z, None if delayed else dh, dz, temperature, decoupled)
-    for p, g in zip(cmw.parameters(), cmw_grads):
+
+def update_cmw(learner, h, z, dh, dz):
+    """Descend the meta-loss with respect to CMW-Net."""
+    grads = directional_gradient(learner, h, z, dh, dz)
+    for p, g in zip(learner.cmw.parameters(), grads):
         p.grad = g
-    cmw_optimizer.step()
-
-    seconds = time.perf_counter() - start
-
-    # 5. Step the encoder with the new weights.
-    if not delayed:
-        weights = cmw(h).detach()
-        loss = info_nce(z, weights.roll(1) if shuffle else weights, temperature, decoupled)
-        grads = add(gradients(loss, encoder), anchor)
-    apply_gradients(encoder, optimizer, grads)
-    return Step(loss.detach(), weights.detach(), meta_loss.detach(), seconds)
+    learner.cmw_optimizer.step()
 
 
 def forward(encoder, views, params=None):
     """Representations (2, N, d) and projections (2, N, 128) of all ranks, and the tape of this rank's pass."""
-    (h, z), tape = recorded(encoder, views, params)
+    (h, z), tape = forward_mode.recorded(encoder, views, params)
     return global_pairs(h), global_pairs(z), tape
 
 
@@ -123,37 +163,32 @@ def global_pairs(x):
     return distributed.gather(x.unflatten(0, (2, -1)))
 
 
-def gradients(loss, encoder, retain_graph=False):
-    """Gradient of the global loss for every parameter of the encoder (a list, summed over ranks)."""
-    return distributed.sum_(list(torch.autograd.grad(loss, list(encoder.parameters()), retain_graph=retain_graph)))
-
-
-def add(grads, anchor):
-    """Add another loss's gradient, in place, where there is one."""
+def gradients(loss, params, anchor=None, retain_graph=False):
+    """Gradient of the global loss for `params` (by name), summed over ranks, plus the anchor's where there is one."""
+    grads = distributed.sum_(list(torch.autograd.grad(loss, list(params.values()), retain_graph=retain_graph)))
     if anchor is not None:
-        torch._foreach_add_(grads, anchor)
-    return grads
+        torch._foreach_add_(grads, [anchor[name] for name in params])
+    return dict(zip(params, grads))
 
 
-def apply_gradients(encoder, optimizer, grads):
-    for p, g in zip(encoder.parameters(), grads):
-        p.grad = g
-    optimizer.step()
-    optimizer.zero_grad()
+def apply_gradients(learner, grads):
+    for name, p in learner.encoder.named_parameters():
+        p.grad = grads[name]
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
 
 
-def look_ahead(encoder, optimizer, grads):
-    """Weights after the SGD step that `optimizer` would take with `grads`: new leaf tensors by name.
+def look_ahead(learner, grads):
+    """Weights after the SGD step that the optimizer would take with `grads`: new leaf tensors by name.
 
-    Learning rate, momentum buffer and weight decay are the optimiser's own; nothing of it changes.
+    Learning rate, momentum buffer and weight decay are the optimizer's own; nothing of it changes.
     """
-    ahead = {}
-    grads = dict(zip(encoder.parameters(), grads))
-    names = {p: name for name, p in encoder.named_parameters()}
+    ahead, optimizer = {}, learner.optimizer
+    names = {p: name for name, p in learner.encoder.named_parameters()}
     for group in optimizer.param_groups:
         params, lr = group["params"], group["lr"]
         moved = torch._foreach_mul([p.detach() for p in params], 1 - lr * group["weight_decay"])
-        torch._foreach_add_(moved, [grads[p] for p in params], alpha=-lr)
+        torch._foreach_add_(moved, [grads[names[p]] for p in params], alpha=-lr)
         buffers = [optimizer.state[p].get("momentum_buffer") for p in params]
         if group["momentum"] and buffers[0] is not None:
             torch._foreach_add_(moved, buffers, alpha=-lr * group["momentum"])
@@ -162,7 +197,7 @@ def look_ahead(encoder, optimizer, grads):
 
 
 def free_in_backward(leaves):
-    """Free each leaf's memory as soon as the backward pass has its whole gradient: nobody needs it from there on."""
+    """Free each weight's memory in the backward pass once its gradient is complete."""
     for leaf in leaves:
         leaf.register_hook(partial(_free, leaf.untyped_storage()))
 
@@ -171,33 +206,40 @@ def _free(storage, _gradient):
     storage.resize_(0)
 
 
-def look_ahead_direction(encoder, optimizer, meta_grads):
-    """The transposed derivative of `look_ahead` in its gradient, applied to `meta_grads` in place: -lr x, by name."""
-    lr = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    return {name: g.mul_(-lr[p]) for (name, p), g in zip(encoder.named_parameters(), meta_grads)}
+def look_ahead_direction(learner, meta_grads):
+    """v: the transposed derivative of `look_ahead` in its gradient, applied to `meta_grads` in place: -lr x."""
+    lr = {p: group["lr"] for group in learner.optimizer.param_groups for p in group["params"]}
+    params = learner.parameters
+    return {name: g.mul_(-lr[params[name]]) for name, g in meta_grads.items()}
 
 
-def push_forward(encoder, views, tape, direction, how="exact"):
-    """Derivatives of representations and projections, (2, N, d) and (2, N, 128), along `direction` (by name)."""
-    if how == "exact":
-        dh, dz = tangent(encoder, views, tape, direction)
-    elif how == "difference":
-        # Far enough for float32 rounding, near enough to cross few of the ReLUs' kinks (test_step.py).
-        params = dict(encoder.named_parameters())
-        norms = [torch.stack(torch._foreach_norm(list(d.values()))).norm() for d in (params, direction)]
-        eps = 5e-6 * norms[0] / norms[1].clamp_min(torch.finfo(norms[1].dtype).tiny)
-        outputs = []
-        for sign in (1, -1):
-            moved = {k: p + sign * eps * direction[k] for k, p in params.items()}
-            with torch.no_grad(), same_random_numbers(tape):
-                outputs.append(recorded(encoder, views, {**moved, **scratch_buffers(encoder)})[0])
-        dh, dz = ((p.float() - m.float()) / (2 * eps) for p, m in zip(*outputs))
+def push_forward(learner, views, tape, v):
+    """Derivatives of representations and projections, (2, N, d) and (2, N, 128), along v (see `Learner.tangent`)."""
+    if learner.tangent == "exact":
+        dh, dz = forward_mode.tangent(learner.encoder, views, tape, v)
+    elif learner.tangent == "difference":
+        dh, dz = difference(learner, views, tape, v)
     else:
-        raise ValueError(f"meta.tangent: 'exact' or 'difference', not {how!r}")
+        raise ValueError(f"meta.tangent: 'exact' or 'difference', not {learner.tangent!r}")
     return global_pairs(dh), global_pairs(dz)
 
 
-def directional_gradient(cmw, h, z, dh, dz, temperature, decoupled=False):
+def difference(learner, views, tape, v):
+    """The central difference of the encoder's outputs along v."""
+    # Far enough for float32 rounding, near enough to cross few of the ReLUs' kinks (test_step.py).
+    encoder, params = learner.encoder, learner.parameters
+    norms = [torch.stack(torch._foreach_norm(list(d.values()))).norm() for d in (params, v)]
+    eps = 5e-6 * norms[0] / norms[1].clamp_min(torch.finfo(norms[1].dtype).tiny)
+    outputs = []
+    for sign in (1, -1):
+        moved = {k: p + sign * eps * v[k] for k, p in params.items()}
+        with torch.no_grad(), forward_mode.same_random_numbers(tape):
+            moved = {**moved, **forward_mode.scratch_buffers(encoder)}
+            outputs.append(forward_mode.recorded(encoder, views, moved)[0])
+    return tuple((p.float() - m.float()) / (2 * eps) for p, m in zip(*outputs))
+
+
+def directional_gradient(learner, h, z, dh, dz):
     """Gradient, with respect to CMW-Net, of the weighted loss's derivative along (dh, dz).
 
     Args:
@@ -208,11 +250,11 @@ def directional_gradient(cmw, h, z, dh, dz, temperature, decoupled=False):
         A list of tensors, in the order of `cmw.parameters()`.
     """
     h, z = h.detach().requires_grad_(), z.detach().requires_grad_()
-    loss = info_nce(z, cmw(h), temperature, decoupled)
+    loss = learner.loss(z, learner.cmw(h))
     if dh is None:
         (loss_z,) = torch.autograd.grad(loss, [z], create_graph=True)
         slope = (loss_z * dz).sum()
     else:
         loss_h, loss_z = torch.autograd.grad(loss, [h, z], create_graph=True)
         slope = (loss_h * dh).sum() + (loss_z * dz).sum()
-    return torch.autograd.grad(slope, list(cmw.parameters()))
+    return torch.autograd.grad(slope, list(learner.cmw.parameters()))

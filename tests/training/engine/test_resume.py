@@ -21,7 +21,7 @@ from training.engine import train as loop
 from training.method.networks import Encoder
 from uscl_hub import files
 
-TIMINGS = ("images_per_s", "meta_share", "wait_share")
+TIMINGS = ("images_per_s", "wait_share")
 STEPS = {"steps": 8}
 
 
