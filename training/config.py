@@ -165,6 +165,8 @@ class Meta:
     """A control: every pair has the weight of another pair of the batch. With meta.every 1, and not delayed."""
     tangent: str = "exact"
     """'exact' (forward mode) or 'difference' (central difference of two forward passes)."""
+    depth: int = 0
+    """Look ahead with the last so many stages of the backbone and the projector only: cheaper; 0: with all."""
 
 
 @dataclass

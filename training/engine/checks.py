@@ -49,6 +49,7 @@ RANGES = {  # of the numbers that a user may get wrong; the upper ends are beyon
     "meta.batch": (0, 2**20),
     "meta.hidden": (1, 2**20),
     "meta.every": (1, 10**9),
+    "meta.depth": (0, 100),
     "optim.batch": (2, 2**20),
     "optim.epochs": (1, 10**6),
     "optim.steps": (0, 10**9),

@@ -31,6 +31,10 @@ def build(config: Config, clips: Clips, device: torch.device) -> State:
     cmw = cmw_optimizer = None
     if config.method == "meta_uscl":
         cmw = CMWNet(encoder.num_features, config.meta.hidden).to(device)
+        try:
+            encoder.last(config.meta.depth)
+        except ValueError as error:
+            raise UserError(f"meta.depth {config.meta.depth}: {error}") from error
         cmw_optimizer = torch.optim.Adam(cmw.parameters(), lr=config.meta.lr)
     optimizer = (adamw if config.method == "distil" else sgd)(encoder, config.optim, held(encoder, config.model))
     return State(encoder, cmw, optimizer, cmw_optimizer, fixed(config, clips))
@@ -215,6 +219,7 @@ def step(state: State, config: Config, loaded, device: torch.device, distillatio
         config.optim.temperature,
         config.loss.decoupled,
         config.meta.tangent,
+        config.meta.depth,
     )
     anchor = None
     if distillation:

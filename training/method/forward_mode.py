@@ -79,14 +79,16 @@ def tangent(network, x, tape, direction):
     Args:
         network, x: as in `recorded`, with the weights unchanged since.
         tape: the tape of that recorded pass.
-        direction: tensors by parameter name, the tangent of each parameter.
+        direction: tensors by parameter name, the tangent of each parameter; of one that it leaves out, 0. Before the
+            first layer that has a tangent, convolutions and max pooling cost nothing and other layers their forward.
 
     Returns:
         The tangent of every output of the network, with the outputs' shapes. Running statistics are not touched.
     """
     buffers = scratch_buffers(network)
     with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no jvp
-        params = {k: forward_ad.make_dual(p.detach(), direction[k]) for k, p in network.named_parameters()}
+        params = {k: p.detach() for k, p in network.named_parameters()}
+        params |= {k: forward_ad.make_dual(params[k], v) for k, v in direction.items()}
         with _Tangent(tape), same_random_numbers(tape):
             output = functional_call(network, {**params, **buffers}, (x,))
         return tuple(forward_ad.unpack_dual(o).tangent for o in output)
@@ -190,6 +192,10 @@ class _Tangent(TorchFunctionMode):
         bias, dbias = (None, None) if bias is None else forward_ad.unpack_dual(bias)
         if y._version != version:  # overwritten by what came next, an activation in place
             y = func(x, weight, bias, *rest, **kwargs)
+        if dweight is None and dx is None:
+            return y
+        if dweight is None:
+            return forward_ad.make_dual(y, func(dx, weight, None, *rest, **kwargs))
         dy = func(x, dweight, dbias, *rest, **kwargs)
         if dx is not None:  # the images have no tangent
             dy += func(dx, weight, None, *rest, **kwargs)
@@ -200,8 +206,17 @@ class _Tangent(TorchFunctionMode):
             return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         mean, rstd = next(self.statistics)
         x, dx = forward_ad.unpack_dual(x)
-        weight, dweight = (1.0, 0.0) if weight is None else forward_ad.unpack_dual(weight)
-        bias, dbias = (0.0, 0.0) if bias is None else forward_ad.unpack_dual(bias)
+        weight, dweight = (1.0, None) if weight is None else forward_ad.unpack_dual(weight)
+        bias, dbias = (0.0, None) if bias is None else forward_ad.unpack_dual(bias)
+        shape = [VIEWS, 1, -1] + [1] * (x.ndim - 2)
+        scale = weight * rstd
+        shift = bias - scale * mean
+        v = x.unflatten(0, (VIEWS, -1))
+        y = torch.addcmul(shift.view(shape), v, scale.view(shape)).flatten(0, 1).to(x.dtype)
+        if dx is None and dweight is None:
+            return y
+        dx = torch.zeros_like(x) if dx is None else dx
+        dweight, dbias = (0.0 if d is None else d for d in (dweight, dbias))
 
         # y = weight x^ + bias, x^ = (x - mean) rstd, dx^ = rstd (dx - average of dx - x^ average of x^ dx), where
         # the normalisation's backward pass has the two sums. Two fused passes over x and dx do the rest.
@@ -209,14 +224,11 @@ class _Tangent(TorchFunctionMode):
         views = zip(dx.chunk(VIEWS), x.chunk(VIEWS), mean, rstd)
         sums = [_batch_norm_backward(*v, one, eps, [False, True, True])[1:] for v in views]
         along, total = (torch.stack(s) / n for s in zip(*sums))
-        scale = weight * rstd
         slope = (dweight - scale * along) * rstd
-        shift, drift = bias - scale * mean, dbias - scale * total - slope * mean
-        shape = [VIEWS, 1, -1] + [1] * (x.ndim - 2)
-        scale, shift, slope, drift = (t.view(shape) for t in (scale, shift, slope, drift))
-        v, dv = (t.unflatten(0, (VIEWS, -1)) for t in (x, dx))
-        y, dy = torch.addcmul(shift, v, scale), torch.addcmul(drift, dv, scale).addcmul_(v, slope)
-        return forward_ad.make_dual(*(t.flatten(0, 1).to(x.dtype) for t in (y, dy)))
+        drift = dbias - scale * total - slope * mean
+        scale, slope, drift = (t.view(shape) for t in (scale, slope, drift))
+        dy = torch.addcmul(drift, dx.unflatten(0, (VIEWS, -1)), scale).addcmul_(v, slope)
+        return forward_ad.make_dual(y, dy.flatten(0, 1).to(x.dtype))
 
     def relu(self, x, inplace=False):
         kept, output = next(self.relus), F.relu(x, inplace)
@@ -230,6 +242,8 @@ class _Tangent(TorchFunctionMode):
         x, dx = forward_ad.unpack_dual(x)
         if y._version != version:
             y = F.max_pool2d(x, *args, **kwargs)
+        if dx is None:
+            return y
         # as (N, H W, C): there, channels_last needs no copies
         dx, indices = (t.movedim(1, -1).flatten(1, 2) for t in (dx, indices))
         return forward_ad.make_dual(y, dx.gather(1, indices).view_as(y.movedim(1, -1)).movedim(-1, 1))

@@ -1,5 +1,7 @@
 """The two networks that are trained: the encoder (backbone + projector) and CMW-Net."""
 
+from functools import cached_property
+
 import timm
 import torch
 from timm.models import group_parameters
@@ -40,18 +42,29 @@ class Encoder(nn.Module):
         """
         if not stages:
             return set()
-        matcher = getattr(self.backbone, "group_matcher", None)
-        if matcher is None:
-            raise ValueError(f"timm does not know the stages of a {type(self.backbone).__name__}")
-        parameters = group_parameters(self.backbone, matcher(coarse=True))
-        names = sorted(parameters)
-        if stages >= len(names):
-            raise ValueError(f"it has {len(names)} stages")
-        kept = {name for stage in names[:stages] for name in parameters[stage]}
+        if stages >= len(self.stages):
+            raise ValueError(f"it has {len(self.stages)} stages")
+        kept = {name for stage in self.stages[:stages] for name in stage}
         owners = {name.rpartition(".")[0] for name in kept}
         self.held = [m for name, m in self.backbone.named_modules() if name in owners]
         self.train(self.training)
         return {p for name, p in self.backbone.named_parameters() if name in kept}
+
+    @cached_property
+    def stages(self):
+        """The backbone's parameter names, a list a stage, from the input on. ValueError: timm does not know them."""
+        matcher = getattr(self.backbone, "group_matcher", None)
+        if matcher is None:
+            raise ValueError(f"timm does not know the stages of a {type(self.backbone).__name__}")
+        return [names for _, names in sorted(group_parameters(self.backbone, matcher(coarse=True)).items())]
+
+    def last(self, stages):
+        """The parameters by name of the last `stages` stages and the projector; 0: all. ValueError as `stages`."""
+        parameters = dict(self.named_parameters())
+        if not stages:
+            return parameters
+        left_out = {f"backbone.{name}" for stage in self.stages[:-stages] for name in stage}
+        return {name: p for name, p in parameters.items() if name not in left_out}
 
     def train(self, mode=True):
         super().train(mode)

@@ -58,10 +58,10 @@ def build(name, clips=4, px=32, dtype=torch.float64, seed=0, **kwargs):
     return encoder, cmw, optimizer, cmw_optimizer, *batch
 
 
-def meta_step(problem, delayed=False, tangent="exact", **options):
+def meta_step(problem, delayed=False, tangent="exact", depth=0, **options):
     """A step on a problem that `build` made."""
     encoder, cmw, optimizer, cmw_optimizer, views, clean = problem
-    learner = step.Learner(encoder, optimizer, cmw, cmw_optimizer, TEMPERATURE, tangent=tangent)
+    learner = step.Learner(encoder, optimizer, cmw, cmw_optimizer, TEMPERATURE, tangent=tangent, depth=depth)
     return (step.delayed_step if delayed else step.exact_step)(learner, views, clean, **options)
 
 
@@ -73,12 +73,13 @@ def per_view(encoder, x, params=None):
     return [torch.stack(o) for o in zip(*outputs)]
 
 
-def oracle(encoder, cmw, optimizer, views, meta_views, delayed=False, other=None):
+def oracle(encoder, cmw, optimizer, views, meta_views, delayed=False, other=None, moved=lambda name: True):
     """CMW-Net's gradient by plain double backward through the unrolled step, and the look-ahead weights.
 
     other: a second loss beside the contrastive one, a function of the views' representations and projections.
+    moved: whether the look-ahead moves the parameter of this name.
     """
-    params = dict(encoder.named_parameters())
+    params = {name: p for name, p in encoder.named_parameters() if moved(name)}
     h, z = per_view(encoder, views)
     loss = naive_info_nce(z, cmw(h.detach() if delayed else h)) + (0 if other is None else other(h, z))
     grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
@@ -119,6 +120,55 @@ def test_meta_gradient_equals_double_backward(name, delayed):
     for key, value in encoder.state_dict().items():
         if key.endswith("num_batches_tracked"):
             assert value == before[key] + 1  # once a step
+
+
+TOPS = {  # by depth, what a reader of the architecture would call its last stages
+    ("resnet18", 1): ("backbone.layer4.", "projector."),
+    ("resnet18", 2): ("backbone.layer4.", "backbone.layer3.", "projector."),
+    ("mobilenetv2_050", 1): ("backbone.conv_head.", "backbone.bn2.", "backbone.blocks.6.", "projector."),
+    ("densenet121", 1): ("backbone.features.norm5.", "projector."),
+    ("vit_tiny_patch16_224", 2): (*(f"backbone.{n}." for n in ("blocks.10", "blocks.11", "norm")), "projector."),
+}
+
+
+@pytest.mark.parametrize("name, depth", TOPS)
+@pytest.mark.parametrize("delayed", [False, True])
+def test_meta_gradient_of_the_last_stages_equals_double_backward(name, depth, delayed):
+    kwargs = {"img_size": 32} if name.startswith("vit") else {}
+    problem = encoder, cmw, optimizer, _, views, clean = build(name, **kwargs)
+    top = TOPS[name, depth]
+    expected, ahead = oracle(encoder, cmw, optimizer, views, clean, delayed, moved=lambda name: name.startswith(top))
+    assert ahead.keys() == encoder.last(depth).keys()
+    whole = oracle(encoder, cmw, optimizer, views, clean, delayed)[0]
+    meta_step(problem, delayed, depth=depth)
+    assert relative([p.grad for p in cmw.parameters()], expected) < 1e-9 < 1e-2 < relative(whole, expected)
+    reference, _, reference_optimizer, *_ = build(name, **kwargs)  # the step itself moves everything
+    h, z = per_view(reference, views)
+    weigh = build(name, **kwargs)[1] if delayed else cmw  # as it was before its update
+    naive_info_nce(z, weigh(h).detach()).backward()
+    reference_optimizer.step()
+    assert relative(list(encoder.parameters()), list(reference.parameters())) < 1e-12
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_depth_of_all_stages_is_the_whole_step_bit_for_bit(delayed, autocast):
+    whole, all_stages = (build("resnet18", dtype=torch.float32) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        a, b = meta_step(whole, delayed), meta_step(all_stages, delayed, depth=len(all_stages[0].stages))
+    assert torch.equal(a.loss, b.loss) and torch.equal(a.meta_loss, b.meta_loss) and torch.equal(a.weights, b.weights)
+    for one, other in zip(whole[:2], all_stages[:2]):
+        state = other.state_dict()
+        assert all(torch.equal(v, state[k]) for k, v in one.state_dict().items())
+
+
+def test_depth_above_held_stages_with_fewer_clean_pairs_agrees_with_differences():
+    *problem, clean = build("resnet18")
+    problem[0].hold(2)
+    problem = *problem, clean[[0, 1, 4, 5]]
+    exact = meta_gradient(problem, depth=2)
+    assert cosine(meta_gradient(problem, "difference", depth=2), exact) > 0.9999
+    assert cosine(meta_gradient(problem), exact) < 0.9999
 
 
 @pytest.mark.parametrize("delayed", [False, True])
@@ -237,11 +287,11 @@ def test_tangent_and_the_restored_graph_are_exact(name):
     assert relative(after, before) < 1e-11
 
 
-def meta_gradient(problem, tangent="exact", autocast=False):
+def meta_gradient(problem, tangent="exact", autocast=False, depth=0):
     """CMW-Net's gradient in a step on a copy of the problem."""
     problem = copy.deepcopy(problem)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        meta_step(problem, tangent=tangent)
+        meta_step(problem, tangent=tangent, depth=depth)
     return torch.cat([p.grad.flatten() for p in problem[1].parameters()]).double()
 
 
