@@ -257,6 +257,8 @@ def refusal(config):
         (dict(pairs={"crop_ratio": (0.0, 1.0)}), "pairs.crop_ratio"),
         (dict(meta={"tangent": "rough"}), "meta.tangent: one of exact, difference"),
         (dict(meta={"every": 0}), "meta.every must be at least 1"),
+        (dict(meta={"batch": 1}), "meta.batch must be at least 2"),
+        (dict(meta={"depth": -1}), "meta.depth must be at least 0"),
         (dict(meta={"shuffle": True, "every": 2}), "meta.shuffle: a control of the exact step"),
         (dict(optim={"batch": 1}), "optim.batch must be at least 2"),
         (dict(optim={"lr": float("nan")}), "optim.lr must be at least 0 and at most 1000000, got nan"),

@@ -73,6 +73,8 @@ def check(config):
         value = attrgetter(name)(config)
         if value not in choices:
             raise UserError(f"{name}: one of {', '.join(choices)}, not {value!r}")
+    if config.meta.batch == 1:
+        raise UserError("meta.batch must be at least 2: with one clean pair there is no negative; 0: as optim.batch")
     if config.meta.shuffle and (config.meta.delayed or config.meta.every > 1):
         raise UserError("meta.shuffle: a control of the exact step; leave meta.delayed at False and meta.every at 1")
     for name, (low, high) in RANGES.items():
