@@ -30,9 +30,9 @@ class CacheError(UserError):
 class FrameCache:
     """Random access to cached frames. Pickles as a path and columns, so that worker processes share the mapping.
 
-    ids, sources, sha256: lists of str; lengths, offsets: int64 (clips,); fps: float32 (clips,),
-    NaN where unknown; crc32: int64 (clips,), of a clip's frames, -1
-    where an old cache has none. All sorted by id. frames: uint8 memory map (total frames, size, size), which may hold
+    ids, sources, sha256: lists of str; files: of every clip, the SHA-256 of each file of a numbered series, () for one
+    file and in old caches; lengths, offsets: int64 (clips,); fps: float32 (clips,), NaN where unknown; crc32: int64
+    (clips,), of a clip's frames, -1 where an old cache has none. All sorted by id. frames: uint8 memory map (total frames, size, size), which may hold
     clips not listed here; `take` and `clip` check a clip's frames when they are first read.
     """
 
@@ -44,6 +44,7 @@ class FrameCache:
         self.sha256 = [record["sha256"] for record in records]
         self.lengths = np.array([record["frames"] for record in records], np.int64)
         self.offsets = np.array([record["offset"] for record in records], np.int64)
+        self.files = [tuple(record.get("files", ())) for record in records]
         self.fps = np.array([record.get("fps") or np.nan for record in records], np.float32)
         self.crc32 = np.array([record.get("crc32", -1) for record in records], np.int64)
 

@@ -8,6 +8,7 @@ import timm
 import torch
 
 from training.data.dataset import SIMULATED
+from training.data.provenance import contents
 from training.engine import export, figures
 from training.engine.validation import features, probe_backbone, sample_frames
 from training.messages import say
@@ -73,7 +74,7 @@ def describe(state, config, clips, checks, manifest):
         ],
         "manifest_sha256": digest,
         "groups": sorted({row["group"] for row in rows}),
-        "clips": sorted(row["sha256"] for row in rows),
+        **contents(clips.cache),
         "metrics": {k: checks[k] for k in ("val_loss", "knn", "effective_rank")},
     }
 
