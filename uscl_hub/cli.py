@@ -50,7 +50,7 @@ def _info(args):
     source = sources.find(args.what, revision=args.revision)
     if source.release:
         known = registry.provenance(source.release) or {}
-        long = ("manifest", "curves")  # in weights/NAME.json, beside this package
+        long = ("manifest", "curves", "frame_hashes")  # in weights/NAME.json, beside this package
         facts = {"name": source.release, **registry.releases()[source.release]}
         return _shown({**facts, "provenance": {k: known[k] for k in known if k not in long}})
     return _shown(_facts_of_file(source.file) if source.file else _facts_of_folder(source.folder))

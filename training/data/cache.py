@@ -32,8 +32,9 @@ class FrameCache:
 
     ids, sources, sha256: lists of str; files: of every clip, the SHA-256 of each file of a numbered series, () for one
     file and in old caches; lengths, offsets: int64 (clips,); fps: float32 (clips,), NaN where unknown; crc32: int64
-    (clips,), of a clip's frames, -1 where an old cache has none. All sorted by id. frames: uint8 memory map (total frames, size, size), which may hold
-    clips not listed here; `take` and `clip` check a clip's frames when they are first read.
+    (clips,), of a clip's frames, -1 where an old cache has none. All sorted by id. frames: uint8 memory map (total
+    frames, size, size), which may hold clips not listed here; `take` and `clip` check a clip's frames when they are
+    first read.
     """
 
     def __init__(self, path: Path, size: int, records: Sequence[dict]):

@@ -25,6 +25,14 @@ def frame_hashes(frames: np.ndarray) -> list[str]:
     return list(dict.fromkeys(str(imagehash.phash(Image.fromarray(frame), SIDE)) for frame in shown))
 
 
+def difference(one: np.ndarray, other: np.ndarray) -> int:
+    """How many bits of the hashes of two frames, uint8 (H, W), differ."""
+    import imagehash
+
+    first, second = (imagehash.phash(Image.fromarray(frame), SIDE) for frame in (one, other))
+    return int(first - second)
+
+
 def bits(hashes: list[str]) -> np.ndarray:
     """float32 (N, SIDE**2), +1 and -1: the Hamming distance of two is (SIDE**2 - a @ b) / 2.
 

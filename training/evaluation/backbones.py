@@ -11,16 +11,12 @@ from torch import nn
 
 import uscl_hub
 from training import imagenet
-from training.engine.export import fingerprint
-from training.evaluation.datasets import EvaluationError, Task
+from training.evaluation.datasets import EvaluationError
+from training.evaluation.leaks import LeakError, find_leaks, refuse_leaks  # noqa: F401  (their name here before)
 from uscl_hub import models
-from uscl_hub.checkpoints import check_folder, sha256
+from uscl_hub.checkpoints import check_folder
 from uscl_hub.errors import UserError
 from uscl_hub.preprocess import MEAN, STD
-
-
-class LeakError(EvaluationError):
-    """A backbone was pretrained on clips of the patients it is to be tested on."""
 
 
 @dataclass
@@ -125,31 +121,3 @@ def weights_sha(model: nn.Module) -> str:
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode() + str(value.dtype).encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def find_leaks(backbone: Backbone, task: Task) -> list[str]:
-    """Groups of the task that the backbone was pretrained on: by group id (or its fingerprint) or a file's content.
-
-    A group is known as the task names it ('covid_blues/patient_7'), by its aliases ('patient_7') and by the names that
-    uscl_hub.clips.find_clips gives its files.
-    """
-    known = backbone.provenance or {}
-    groups, clips = set(map(str, known.get("groups") or ())), set(known.get("clips") or ())
-    leaks = {}
-    for item in task.items:
-        series = re.sub(r"\d+(?=\D*$)", "#", Path(item.id).stem)  # numbered images of one folder are one clip
-        names = {item.group, *item.aliases, item.id, str(Path(item.id).with_name(series + item.path.suffix.lower()))}
-        if groups & (names | set(map(fingerprint, names))) or clips and sha256(item.path) in clips:
-            leaks[item.group] = None
-    return list(leaks)
-
-
-def refuse_leaks(backbone: Backbone, task: Task):
-    """Raises LeakError if the backbone was pretrained on any of the task's groups."""
-    if leaks := find_leaks(backbone, task):
-        raise LeakError(
-            f"{backbone.name} was pretrained on {len(leaks)} of the {len(set(task.groups))} groups that "
-            f"{task.title} tests ({', '.join(leaks[:5])}{', ...' if len(leaks) > 5 else ''}): its result "
-            f"would mean nothing. Pretrain without them, or leave {task.name!r} out of --tasks, or pass "
-            "--leaks skip to leave out just this pair and say so in the report"
-        )

@@ -12,6 +12,7 @@ import re
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Callable
 
@@ -19,7 +20,7 @@ import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
 from uscl_hub.checkpoints import sha256
-from uscl_hub.clips import Clip, UnreadableClip
+from uscl_hub.clips import Clip, UnreadableClip, content_hash
 from uscl_hub.clips.clip import IMAGE, VIDEO
 from uscl_hub.clips.decode import decode
 from uscl_hub.clips.read import read_clip
@@ -46,11 +47,26 @@ class Item:
 
     id: str
     path: Path
-    kind: str  # 'video' or 'image'
+    kind: str  # 'video', 'image', 'dicom' or 'frames'
     label: str
     group: str
     masks: tuple[Path, ...] = ()
     aliases: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()  # of a numbered series, whose first one is path
+
+    @property
+    def clip(self) -> Clip:
+        return Clip(self.id, "", self.kind, self.files or (self.path,))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the content, as uscl_hub.clips.content_hash has it."""
+        return content_hash(self.clip)
+
+    @cached_property
+    def file_sha256(self) -> tuple[str, ...]:
+        """Of each file of a numbered series."""
+        return tuple(sha256(path) for path in self.files)
 
 
 @dataclass
@@ -290,7 +306,7 @@ def _same_file_in_one_group(task: Task) -> Task:
     """Identical bytes: with two labels they are excluded; with one, their groups become one."""
     same, joined, bad = defaultdict(list), {}, {}
     for item in task.items:
-        same[sha256(item.path)].append(item)
+        same[item.sha256].append(item)
 
     def root(group):
         while group in joined:
@@ -378,7 +394,7 @@ def load_frames(
             "notes": np.array([note for _, _, note in decoded]),
         }
 
-    described = ["frames", px, rate, crop, [(item.id, sha256(item.path)) for item in task.items]]
+    described = ["frames", px, rate, crop, [(item.id, item.sha256) for item in task.items]]
     saved = cached(cache, described, decode_all)
     unreadable = np.flatnonzero(saved["reasons"] != "")
     task.excluded += [(task.items[i].id, f"unreadable: {saved['reasons'][i]}") for i in unreadable]
@@ -423,7 +439,7 @@ def _decode(job) -> tuple[np.ndarray, str, str]:
     """Frames, uint8 (T, px, px), the reason why there are none, and what a reader should know of them."""
     item, px, rate, crop = job
     try:
-        clip = read_clip(Clip(item.id, "", item.kind, (item.path,)), px, crop=crop)
+        clip = read_clip(item.clip, px, crop=crop)
     except UnreadableClip as error:
         return np.zeros((0, px, px), np.uint8), error.reason, ""
     return clip.images[frame_numbers(len(clip.images), clip.fps, rate)], "", "; ".join(clip.notes)
