@@ -53,6 +53,7 @@ class Item:
     masks: tuple[Path, ...] = ()
     aliases: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()  # of a numbered series, whose first one is path
+    values: tuple[float, ...] = ()  # of several labels (0 or 1) or of a regression
 
     @property
     def clip(self) -> Clip:
@@ -71,7 +72,13 @@ class Item:
 
 @dataclass
 class Task:
-    """excluded: (id, reason) of files that belong to the task and cannot be used. notes: what a reader must know."""
+    """A question and the files that it is asked of.
+
+    classes: of several labels or of a regression the names of the columns. excluded: (id, reason) of files that belong
+    to the task and cannot be used. notes: what a reader must know. kind: 'classification', 'segmentation',
+    'multilabel' or 'regression'. external: items whose id is in it are tested once, by what all others taught; empty:
+    the task is tested in folds.
+    """
 
     name: str
     title: str
@@ -79,6 +86,8 @@ class Task:
     items: list[Item]
     excluded: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    kind: str = "classification"
+    external: frozenset[str] = frozenset()
 
     @property
     def found(self) -> int:
@@ -87,6 +96,21 @@ class Task:
     @property
     def labels(self) -> np.ndarray:  # int (items,), an index into classes
         return np.array([self.classes.index(item.label) for item in self.items])
+
+    @property
+    def targets(self) -> np.ndarray:
+        """What is to be predicted: labels, or float32 (items, classes) for several labels and regression."""
+        if self.kind in ("multilabel", "regression"):
+            return np.array([item.values for item in self.items], np.float32)
+        return self.labels
+
+    @property
+    def strata(self) -> np.ndarray:
+        """What folds and subsets are balanced by, int (items,): labels; for regression fifths of the first column."""
+        if self.kind == "regression":
+            first = self.targets[:, 0]
+            return np.searchsorted(np.quantile(first, (0.2, 0.4, 0.6, 0.8)), first)
+        return np.zeros(len(self.items), int) if self.kind == "multilabel" else self.labels
 
     @property
     def groups(self) -> np.ndarray:  # str (items,)

@@ -46,11 +46,13 @@ def _percentile(draws: np.ndarray, q: float) -> float:
     return float(np.quantile(draws, q)) if len(draws) else float("nan")
 
 
-def verdict(difference: Estimate) -> str:
+def verdict(difference: Estimate, lower_is_better: bool = False) -> str:
     """'better' or 'worse' only where the interval of the difference excludes 0."""
     if difference.low > 0:
-        return "better"
-    return "worse" if difference.high < 0 else "no difference shown"
+        return "worse" if lower_is_better else "better"
+    if difference.high < 0:
+        return "better" if lower_is_better else "worse"
+    return "no difference shown"
 
 
 def draw_groups(groups: int, draws: int, seed: int) -> np.ndarray:
@@ -104,12 +106,12 @@ def resampled(labels: np.ndarray, scores: np.ndarray, group: np.ndarray, counts:
     hits, true, said = np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(2), confusion.sum(1)
     recall, f1 = hits / np.maximum(true, 1), 2 * hits / np.maximum(true + said, 1)
     precision = hits / np.maximum(said, 1)
-    auroc = np.mean([_auroc(labels == c, scores[:, c], group, counts) for c in range(k) if k > 2 or c == 1], axis=0)
+    auroc = np.mean([auroc(labels == c, scores[:, c], group, counts) for c in range(k) if k > 2 or c == 1], axis=0)
     rows = [hits.sum(1) / true.sum(1), recall.mean(1), f1.mean(1), auroc, *precision.T, *recall.T, *f1.T]
     return np.where((true > 0).all(1), rows, np.nan)
 
 
-def _auroc(positive: np.ndarray, score: np.ndarray, group: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def auroc(positive: np.ndarray, score: np.ndarray, group: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Area under the ROC of every draw, float (draws,): the share of (positive, negative) pairs in order, ties half.
 
     Pairs are counted once for every two groups; a draw then only weights those counts.

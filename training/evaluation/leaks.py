@@ -106,7 +106,7 @@ def _series(task: Task) -> dict[str, str]:
 
 
 @dataclass
-class Pair:
+class LookAlike:
     """An item of a task that looks like a clip of the pretraining. clip: its SHA-256; bits: that differ, of 256;
     image: uint8 (SIDE, SIDE), the item's frame."""
 
@@ -116,12 +116,12 @@ class Pair:
     image: np.ndarray
 
 
-def find_near(backbone, task: Task, cache: Path) -> list[Pair]:
+def find_near(backbone, task: Task, cache: Path) -> list[LookAlike]:
     """The closest pair of every item of the task that looks like a clip of the pretraining, closest first.
 
     Backbones whose provenance has no hashes of frames give none. Raises EvaluationError for damaged ones.
     """
-    closest: dict[str, Pair] = {}
+    closest: dict[str, LookAlike] = {}
     for clips, hashes, settings in _hashed(backbone):
         item, images, own = _hashed_items(task, cache, settings)
         for start in range(0, len(own), 4096):
@@ -129,7 +129,7 @@ def find_near(backbone, task: Task, cache: Path) -> list[Pair]:
             distance = (part.shape[1] - part @ hashes.T) / 2
             for i in np.flatnonzero(distance.min(1) <= ALIKE):
                 best, name = int(distance[i].argmin()), task.items[item[start + i]].id
-                pair = Pair(name, clips[best], int(distance[i, best]), images[start + i])
+                pair = LookAlike(name, clips[best], int(distance[i, best]), images[start + i])
                 if name not in closest or pair.bits < closest[name].bits:
                     closest[name] = pair
     return sorted(closest.values(), key=lambda pair: (pair.bits, pair.item))
@@ -174,7 +174,7 @@ def _frames_of(item, settings: dict) -> list[tuple[np.ndarray, str]]:
     return [(frame, text) for frame in frames for text in frame_hashes(frame[None])]
 
 
-def picture(pairs: list[Pair], folder: Path, path: Path) -> bool:
+def picture(pairs: list[LookAlike], folder: Path, path: Path) -> bool:
     """Write the first pairs side by side: the item's frame, and the clip of the pretraining where its cache is here.
 
     folder: of the backbone; its training's frame cache is looked for beside it. Returns whether it was found.

@@ -3,23 +3,15 @@
 Every image of the test folds counts: where a model finds no lesion, Dice, PPV and sensitivity are 0.
 """
 
-import contextlib
-import hashlib
-import io
 import json
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import segmentation_models_pytorch as smp
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -28,12 +20,13 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FeaturePyramidNetwork, masks_to_boxes
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from training.evaluation import intervals
 from training.evaluation.backbones import Backbone
-from training.evaluation.datasets import EvaluationError, Task, cached, label_subset, load_frames
-from training.evaluation.protocols import to_input
+from training.evaluation.coco import encode
+from training.evaluation.datasets import EvaluationError, cached
+from training.evaluation.features import to_input
+from training.evaluation.lesions import Lesions
+from training.evaluation.protocols import Cell, training_items
 from training.method.fast_convolution import FastWeightGradients
-from uscl_hub.preprocess import resize
 
 HEADS = ("unet", "maskrcnn")
 WIDTH = 128  # channels of the pyramid and of the Mask R-CNN's heads
@@ -53,38 +46,6 @@ class Segment:
     """Adam's peak learning rate."""
     batch: int = 16
     """Images a step."""
-
-
-def load_pairs(task: Task, px: int, cache: Path) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (N, px, px) images and bool (N, px, px) masks, several lesions merged; aligned with task.items after it.
-
-    A mask that is unreadable, empty or of another size than its image moves the item to task.excluded.
-    """
-    masks, kept = {}, []
-    for item in task.items:
-        try:
-            masks[item.id] = _merged(item.path, item.masks, px)
-            kept.append(item)
-        except (OSError, ValueError) as error:
-            task.excluded.append((item.id, f"unusable mask: {error}"))
-    task.items = kept
-    images = load_frames(task, px, cache, max_excluded=1).images  # one frame an item
-    return images, np.stack([masks[item.id] for item in task.items])
-
-
-def _merged(image: Path, masks: tuple[Path, ...], px: int) -> np.ndarray:
-    with Image.open(image) as opened:
-        size = opened.size
-    merged = np.zeros(size[::-1], bool)
-    for path in masks:
-        with Image.open(path) as opened:
-            if opened.size != size:
-                raise ValueError(f"{path.name} is {opened.size[0]} x {opened.size[1]}, its image {size[0]} x {size[1]}")
-            merged |= np.asarray(opened.convert("L")) > 127
-    small = resize(merged.astype(np.uint8) * 255, px) > 127
-    if not small.any():
-        raise ValueError(f"nothing is marked in {', '.join(path.name for path in masks)}")
-    return small
 
 
 # --------------------------------------------------------------------------------------------------------- models
@@ -112,7 +73,7 @@ def features_only(backbone: Backbone) -> nn.Module:
     if strides != [4, 8, 16, 32]:
         raise EvaluationError(
             f"{backbone.name}: {backbone.architecture} has no feature maps at strides 4, 8, 16 and 32, but {strides}; "
-            "leave 'busi_seg' out of --tasks"
+            "it cannot be tried on segmentation"
         )
     copy_weights(model, backbone.model)
     return model
@@ -164,10 +125,9 @@ def _loss(head: str, model: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> t
     return sum(model(list(x), targets).values())
 
 
-def train(
-    head: str, backbone: Backbone, images: np.ndarray, masks: np.ndarray, recipe: Segment, seed: int, device: str
-) -> nn.Module:
+def train(head: str, backbone: Backbone, lesions: Lesions, recipe: Segment, seed: int, device: str) -> nn.Module:
     """A head on the backbone, trained on the images with their masks and random horizontal flips; in eval mode."""
+    images, masks = lesions.images, lesions.masks
     with torch.random.fork_rng(devices=[]), FastWeightGradients():
         torch.manual_seed(seed)
         model = build(head, backbone, recipe.px).to(device, memory_format=torch.channels_last).train()
@@ -205,130 +165,36 @@ def predict(
             continue
         for i, found in enumerate(model(list(x)), start=start):
             soft, scores = found["masks"][:, 0].cpu().numpy() > 0.5, found["scores"].tolist()
-            instances[i] = [[score, _encode(mask)] for mask, score in zip(soft, scores)]
+            instances[i] = [[score, encode(mask)] for mask, score in zip(soft, scores)]
             if scores:  # every image of this task has a lesion: the surest one, and all that are likely
                 predicted[i] = soft[[j == 0 or score > 0.5 for j, score in enumerate(scores)]].any(0)
     return predicted, instances
-
-
-def _encode(mask: np.ndarray) -> dict:
-    code = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-    return {"size": list(code["size"]), "counts": code["counts"].decode()}
-
-
-# -------------------------------------------------------------------------------------------------------- metrics
-
-
-def image_metrics(predicted: np.ndarray, masks: np.ndarray) -> dict[str, np.ndarray]:
-    """Dice, PPV and sensitivity of every image, float (N,) each; 0 where nothing is predicted. bool (N, px, px) in."""
-    stats = smp.metrics.get_stats(*(torch.from_numpy(m[:, None]).long() for m in (predicted, masks)), mode="binary")
-    metrics = {
-        "Dice": smp.metrics.f1_score,
-        "PPV": smp.metrics.positive_predictive_value,
-        "sensitivity": smp.metrics.sensitivity,
-    }
-    return {name: f(*stats, reduction="none", zero_division=0.0).numpy()[:, 0] for name, f in metrics.items()}
-
-
-def average_precision(
-    masks: np.ndarray, instances: list[list], groups: np.ndarray, draws: int = 1000, seed: int = 0
-) -> dict[str, intervals.Estimate]:
-    """COCO's mask AP (0.50:0.95) and AP50 over all images, with a bootstrap over groups. masks: bool (N, px, px).
-
-    Values are pycocotools'; draws use its matches. AP is 0 where there is no detection at all.
-    """
-    _, group = np.unique(groups, return_inverse=True)
-    counts = intervals.draw_groups(group.max() + 1, draws, seed)[:, group]
-    evaluation = _coco(masks, instances)
-    if evaluation is None:
-        return {name: intervals.Estimate(0.0, np.zeros(draws)) for name in ("COCO AP", "COCO AP50")}
-    precision = evaluation.eval["precision"]  # (IoU, recall, class, area, detections)
-    values = precision.mean(), precision[0].mean()
-    found = [e for e in evaluation.evalImgs if e]
-    score = np.concatenate([e["dtScores"] for e in found])
-    order = np.argsort(-score, kind="mergesort")
-    hit = np.concatenate([e["dtMatches"] > 0 for e in found], axis=1)[:, order]
-    image = np.repeat([e["image_id"] - 1 for e in found], [len(e["dtScores"]) for e in found])[order]
-    drawn = np.array([weighted_precision(hit, c[image], c.sum(), evaluation.params.recThrs) for c in counts])
-    names_draws = zip(("COCO AP", "COCO AP50"), values, (drawn.mean(1), drawn[:, 0]))
-    return {name: intervals.Estimate(value, d) for name, value, d in names_draws}
-
-
-def weighted_precision(hit: np.ndarray, weight: np.ndarray, lesions: int, recalls: np.ndarray) -> np.ndarray:
-    """COCO's interpolated average precision at every IoU, float (T,), of detections that count `weight` times.
-
-    hit: bool (T, D), best score first; weight: int (D,); recalls: float (R,), where precision is read.
-    """
-    true = np.cumsum(hit * weight, axis=1)
-    precision = true / np.maximum(np.cumsum(weight), 1)
-    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    envelope = np.pad(envelope, ((0, 0), (0, 1)))
-    reached = [np.searchsorted(row / lesions, recalls, side="left") for row in true]
-    return np.take_along_axis(envelope, np.array(reached), axis=1).mean(1)
-
-
-def _coco(masks: np.ndarray, instances: list[list]) -> COCOeval | None:
-    """pycocotools' evaluation, accumulated; None without any detection. One lesion an image, every size."""
-    found = [
-        {"image_id": i, "category_id": 1, "score": score, "segmentation": code}
-        for i, one in enumerate(instances, start=1)
-        for score, code in one
-    ]
-    if not found:
-        return None
-    truth = COCO()
-    truth.dataset = {
-        "images": [{"id": i, "height": m.shape[0], "width": m.shape[1]} for i, m in enumerate(masks, start=1)],
-        "annotations": [
-            {"id": i, "image_id": i, "category_id": 1, "iscrowd": 0, "area": int(m.sum()), "segmentation": _encode(m)}
-            for i, m in enumerate(masks, start=1)
-        ],
-        "categories": [{"id": 1, "name": "lesion"}],
-        "info": {},
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-        evaluation = COCOeval(truth, truth.loadRes(found), "segm")
-        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
-        evaluation.params.maxDets = [10]
-        evaluation.evaluate()
-        evaluation.accumulate()
-    return evaluation
 
 
 # ------------------------------------------------------------------------------------------------ out-of-fold runs
 
 
 def out_of_fold(
-    head: str,
-    backbone: Backbone,
-    images: np.ndarray,
-    masks: np.ndarray,
-    task: Task,
-    folds: np.ndarray,
-    fraction: float,
-    seed: int,
-    recipe: Segment,
-    device: str,
-    cache: Path,
-    done=lambda: None,
+    cell: Cell, head: str, fraction: float, recipe: Segment, done=lambda: None
 ) -> tuple[np.ndarray, list[list]]:
-    """Masks, bool (N, px, px), and instances of every image from a model that has not seen its fold; see `predict`."""
-    predicted, instances = np.zeros(masks.shape, bool), [[] for _ in masks]
-    content = hashlib.sha256(images.tobytes() + masks.tobytes()).hexdigest()
+    """Masks, bool (N, px, px), and instances of every image from a model that has not seen its fold; see `predict`.
+
+    cell.data: the Lesions of cell.task. Images that are never tested have no mask.
+    """
+    lesions, task, folds, backbone = cell.data, cell.task, cell.folds, cell.backbone
+    predicted, instances = np.zeros(lesions.masks.shape, bool), [[] for _ in lesions.masks]
     settings = {**asdict(recipe), "heads": head}
+    described = ["segment", backbone.sha, backbone.mean, backbone.std, lesions.key, folds.tolist()]
     for fold in range(folds.max() + 1):
-        test, training = folds == fold, np.flatnonzero(folds != fold)
-        training = training[label_subset(task.labels[training], task.groups[training], fraction, seed)]
+        test, training = folds == fold, training_items(task, folds, fold, fraction, cell.seed)
         assert not set(task.groups[training]) & set(task.groups[test])
 
         def make():
-            model = train(head, backbone, images[training], masks[training], recipe, seed, device)
-            mask, found = predict(head, model, backbone, images[test], device)
+            model = train(head, backbone, lesions[training], recipe, cell.seed, cell.device)
+            mask, found = predict(head, model, backbone, lesions.images[test], cell.device)
             return {"mask": mask, "found": np.array(json.dumps(found))}
 
-        described = ["segment", backbone.sha, backbone.mean, backbone.std, content, folds.tolist(), fold, fraction]
-        saved = cached(cache, [*described, seed, settings], make)
+        saved = cached(cell.cache, [*described, fold, fraction, cell.seed, settings], make)
         predicted[test] = saved["mask"]
         for i, found in zip(np.flatnonzero(test), json.loads(str(saved["found"]))):
             instances[i] = found
