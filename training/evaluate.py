@@ -7,7 +7,6 @@ fold is cached: an interrupted run, started again, goes on where it stopped.
 
 import datetime
 import functools
-import json
 import os
 import platform
 import shlex
@@ -49,10 +48,11 @@ from training.evaluation.backbones import (  # noqa: E402
 from training.evaluation.datasets import EvaluationError, Task  # noqa: E402
 from training.evaluation.protocols import FineTune  # noqa: E402
 from training.evaluation.segmentation import Segment  # noqa: E402
+from training.messages import command, without_folders  # noqa: E402
+from uscl_hub import files  # noqa: E402
 from uscl_hub.checkpoints import sha256  # noqa: E402
-from uscl_hub.errors import UserError  # noqa: E402
 
-DATA = Path(os.environ.get("USCL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+DATA = Path(os.environ.get("USCL_DATA", "data"))
 SHOWN = 6  # segmentation overlays in the report
 
 
@@ -77,7 +77,7 @@ class Config:
     folds: int = 5
     """Folds by group."""
     data: str = str(DATA / "classification")
-    """Folder that holds pocus_lung, busi, bus_uc and ovary."""
+    """Folder that holds pocus_lung, busi, bus_uc and ovary; default: $USCL_DATA/classification."""
     blues: str = str(DATA / "pretrain" / "covid_blues")
     """COVID-BLUES, with severity.csv."""
     out: str = "runs/evaluate"
@@ -130,8 +130,8 @@ def main(config: Config) -> Path:
     configs.dump(config, out / "config.yaml")
     result = {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
-        "config": asdict(config),
+        "command": shlex.join(["python", *without_folders(sys.argv)]),
+        "config": without_folders(asdict(config)),
         "environment": environment(device),
         "backbones": backbones,
         "tasks": {},
@@ -150,8 +150,8 @@ def main(config: Config) -> Path:
         result["differences"] += differences(found)
         result["tasks"][task.name] = describe(task, config)
     result["seconds"] = round(time.time() - started, 1)
-    np.savez_compressed(out / "arrays.npz", **arrays)
-    (out / "results.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    files.write_whole(out / "arrays.npz", functools.partial(np.savez_compressed, **arrays))
+    files.write_json(out / "results.json", result)
     report.write(out)
     if config.model_card:
         report.update_model_card(Path(config.model_card), result, config.section)
@@ -212,13 +212,13 @@ def inspect(config: Config, px: dict[str, int], loaded) -> tuple[dict, dict]:
             about = backbones.setdefault(
                 backbone.name,
                 {
-                    "spec": split_name(spec)[1],
+                    "spec": without_folders(split_name(spec)[1]),
                     "architecture": backbone.architecture,
                     "px": backbone.px,
                     "sha": [],
                     "untrained": is_random(spec),
                     "leaks_checked": bool(known.get("groups") or known.get("clips")),
-                    "provenance": {k: v for k, v in known.items() if k not in ("groups", "clips")},
+                    "provenance": without_folders({k: v for k, v in known.items() if k not in ("groups", "clips")}),
                 },
             )
             if backbone.sha not in about["sha"]:
@@ -348,9 +348,4 @@ def describe(task: Task, config: Config) -> dict:
 
 if __name__ == "__main__":
     settings = configs.cli(Config, __doc__)
-    try:
-        main(settings)
-    except UserError as error:
-        sys.exit(f"evaluate.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; start it again to go on")
+    command(lambda: main(settings) and None, prefix="evaluate.py: ")

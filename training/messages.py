@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+from pathlib import PurePosixPath, PureWindowsPath
 
 from training import distributed
 from uscl_hub.errors import UserError
@@ -30,8 +31,26 @@ def one_line(error: BaseException | str) -> str:
 
 def markdown(text: object) -> str:
     """One line of plain text for a Markdown table or HTML: nothing in it is markup."""
-    special = r"([\\`*\[\]|~#]|_(?![^\W_])|(?<![^\W_])_)"  # an underscore inside a word is plain
+    # an underscore inside a word is plain, and so are brackets that no target follows
+    special = r"([\\`*|~#]|\](?=[(\[:])|_(?![^\W_])|(?<![^\W_])_)"
     return re.sub(special, r"\\\1", html.escape(one_line(str(text)), quote=False))
+
+
+def without_folders(value):
+    """A copy for others to read of what JSON can hold: of absolute paths in it, only the last name is left.
+
+    >>> without_folders({"data": "/home/ann/scans", "backbones": ["ours=/tmp/run/export@112", "random:resnet18"]})
+    {'data': '.../scans', 'backbones': ['ours=.../export@112', 'random:resnet18']}
+    """
+    if isinstance(value, dict):
+        return {without_folders(key): without_folders(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_folders(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    name, equals, path = value.rpartition("=")
+    kinds = [kind for kind in (PurePosixPath, PureWindowsPath) if kind(path).is_absolute()]
+    return f"{name}{equals}.../{kinds[0](path).name}" if kinds else value
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The whole evaluation on simulated data: results, report, model card, resumption, refusals."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -120,6 +121,36 @@ def test_what_is_needed_to_redo_it(result, config, out):
     assert result["backbones"]["ours"]["provenance"]["method"] == "uscl"
 
 
+def test_no_folder_of_this_machine_is_named(config, out, tmp_path):
+    assert str(tmp_path.parent) in config.data + config.out  # the fixture's are absolute
+    for name in ("results.json", "report.md", "report.html"):
+        assert str(tmp_path.parent) not in (out / name).read_text(encoding="utf-8")
+    assert not Path(Config().data).is_absolute() or "USCL_DATA" in os.environ
+
+
+HOSTILE = "<script>alert(1)</script> ` ** | [k](javascript:x)\n\n| a | b |"
+
+
+def test_names_from_elsewhere_are_text(tmp_path):
+    known = {"method": HOSTILE, "steps": 1}
+    backbone = {"provenance": known, "architecture": HOSTILE, "px": 1, "sha": [], "untrained": False}
+    found = {"found": 1, "used": 1, "groups": 1, "by_class": {}, "groups_by_class": {}, "classes": []}
+    task = {**found, "title": "T", "notes": [HOSTILE], "excluded": [[HOSTILE, HOSTILE]]}
+    result = {
+        **{"created": "now", "command": HOSTILE, "environment": {}, "refused": [], "results": [], "differences": []},
+        "config": {"folds": 5, "seeds": [0], "draws": 1},
+        "backbones": {HOSTILE: {**backbone, "leaks_checked": True}},
+        "tasks": {"t": task},
+    }
+    (tmp_path / "results.json").write_text(json.dumps(result), encoding="utf-8")
+    np.savez(tmp_path / "arrays.npz")
+    report.write(tmp_path)
+    text, page = ((tmp_path / name).read_text(encoding="utf-8") for name in ("report.md", "report.html"))
+    without_code = re.sub("`[^`\n]*`", "", re.sub(r"\\`", "", text))
+    assert "<script>" not in page and "<script>" not in without_code
+    assert page.count("<table>") == 1 and "href" not in page and "](javascript" not in without_code
+
+
 def test_differences_are_between_backbones_of_the_same_kind(result):
     found = [d for d in result["differences"] if d["task"] == "pocus" and d["level"] == "video"]
     assert len(found) == 4 * 2 * 13 and {(d["backbone"], d["against"]) for d in found} == {
@@ -147,7 +178,7 @@ def test_the_report_is_one_file_and_says_what_was_left_out(out):
     assert "figures/busi_seg_overlays.png" in pictures
     for said in ("Left out:** ours on COVID-BLUES severity: it was pretrained on 1 of the groups", "19 files found"):
         assert said in text
-    assert "<b>Left out:</b>" in page and page.count("<table>") == text.count("| --- |\n") > 8
+    assert "<strong>Left out:</strong>" in page and page.count("<table>") == text.count("| --- |\n") > 8
     row = re.search(r"\| ours \| linear probe \| 100% \| video \| 19 \|(.*)\|\n", text)[1].split("|")
     assert len(row) == 4 and all(re.fullmatch(r" \d+\.\d \[\d+\.\d, \d+\.\d\] ", cell) for cell in row)
 

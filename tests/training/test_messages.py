@@ -10,7 +10,7 @@ import time
 import pytest
 from helpers import ROOT
 
-from training.messages import command, markdown, one_line
+from training.messages import command, markdown, one_line, without_folders
 from uscl_hub.errors import UserError
 
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -105,3 +105,20 @@ def test_text_for_tables():
     assert markdown("<script>`x` | *y*\n\n# z") == r"&lt;script&gt;\`x\` \| \*y\* \# z"
     assert markdown("_a_ b__c val_loss _") == r"\_a\_ b\_\_c val_loss \_"
     assert markdown("CC BY 4.0") == "CC BY 4.0"
+
+
+@pytest.mark.parametrize(
+    "value, shown",
+    [
+        ("/home/ann/scans", ".../scans"),
+        ("--data=/home/ann/scans", "--data=.../scans"),
+        ("C:\\Users\\ann\\scans", ".../scans"),
+        ("ours=/tmp/run-{seed}/export@112", "ours=.../export@112"),
+        (["/a/b", {"/a/c": ("/d/e", 3)}, None], [".../b", {".../c": [".../e", 3]}, None]),
+        ("runs/evaluate", "runs/evaluate"),
+        ("(patient/\\d+)", "(patient/\\d+)"),
+        ("CC BY/4", "CC BY/4"),
+    ],
+)
+def test_what_others_read_names_no_folder_of_this_machine(value, shown):
+    assert without_folders(value) == shown

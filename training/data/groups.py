@@ -1,6 +1,5 @@
 """Groups (patients) and splits: train, meta and validation clips never share a group."""
 
-import csv as csv_module
 import hashlib
 import re
 import unicodedata
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Sequence
 
 import numpy as np
+
+from uscl_hub.labels.rows import read_rows
 
 
 def assign_groups(
@@ -20,7 +21,8 @@ def assign_groups(
     csv: a file with the columns path and group; a path is matched with the id or with its end (whole path
     components, with or without the extension). Neither: every clip is its own group. setting: what errors call the
     pattern.
-    Raises ValueError, naming some of them, for ids without a group, and for an ambiguous csv.
+    Raises ValueError, naming some of them, for ids without a group, and for an ambiguous csv; UserError for a csv
+    that cannot be read.
     """
     if pattern is not None and csv is not None:
         raise ValueError("give a group pattern or a group csv, not both")
@@ -46,19 +48,17 @@ def _by_pattern(ids: Sequence[str], pattern: str, setting: str) -> list[str]:
 
 
 def _by_csv(ids: Sequence[str], path: Path) -> list[str]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv_module.DictReader(file)
-        missing = {"path", "group"} - set(rows.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path}: no column {' or '.join(sorted(missing))}; its header needs path and group")
-        groups = {}
-        for number, row in enumerate(rows, start=2):
-            key, group = (row["path"] or "").strip().replace("\\", "/").strip("/"), (row["group"] or "").strip()
-            key = unicodedata.normalize("NFC", key)  # as the ids are
-            if not key or not group:
-                raise ValueError(f"{path}, line {number}: path or group is empty")
-            if groups.setdefault(key, group) != group:
-                raise ValueError(f"{path}, line {number}: {key} is in two groups, {groups[key]} and {group}")
+    rows = read_rows(path)
+    if missing := {"path", "group"} - set(rows[0]):
+        raise ValueError(f"{path}: no column {' or '.join(sorted(missing))}; its header needs path and group")
+    groups = {}
+    for number, row in enumerate(rows, start=1):
+        key, group = row["path"].replace("\\", "/").strip("/"), row["group"]
+        key = unicodedata.normalize("NFC", key)  # as the ids are
+        if not key or not group:
+            raise ValueError(f"{path}, row {number}: path or group is empty")
+        if groups.setdefault(key, group) != group:
+            raise ValueError(f"{path}, row {number}: {key} is in two groups, {groups[key]} and {group}")
     found = [_lookup(clip, groups) for clip in ids]
     _refuse_missing(ids, found, str(path))
     return found

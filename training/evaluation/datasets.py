@@ -4,15 +4,16 @@ Nothing is dropped silently: a file that cannot be used stays in the task's `exc
 report prints both counts. A task of which too much is excluded does not run.
 """
 
-import csv
 import hashlib
 import json
 import os
 import re
+import zipfile
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Callable
 
@@ -25,8 +26,9 @@ from uscl_hub.clips.clip import IMAGE, VIDEO
 from uscl_hub.clips.decode import decode
 from uscl_hub.clips.read import read_clip
 from uscl_hub.errors import UserError
-from uscl_hub.files import write_whole
+from uscl_hub.files import open_regular, write_whole
 from uscl_hub.labels.groups import DUPLICATE, near_duplicates
+from uscl_hub.labels.rows import read_rows
 
 UNKNOWN_FPS = 25.0  # of a moving file that does not say
 NAMES = ("pocus", "busi", "busi3", "blues", "blues_point", "busi_seg", "bus_uc", "ovary")
@@ -357,12 +359,13 @@ def _same_file_in_one_group(task: Task) -> Task:
 def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict]:
     if not path.is_file():
         raise TaskError(f"{path}: no such file; it gives the labels (set --data or --blues to the data folder)")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = set(columns) - set(reader.fieldnames or ())
-        if missing:
-            raise TaskError(f"{path}: no column {', '.join(sorted(missing))}")
-        return [{key: (row[key] or "").strip() for key in columns} for row in reader]
+    try:
+        rows = read_rows(path)
+    except UserError as error:
+        raise TaskError(str(error)) from None
+    if missing := set(columns) - set(rows[0]):
+        raise TaskError(f"{path}: no column {', '.join(sorted(missing))}")
+    return [{key: row[key] for key in columns} for row in rows]
 
 
 def _files(root: Path, extensions: set[str]) -> list[Path]:
@@ -436,18 +439,21 @@ def digest(described) -> str:
 
 
 def cached(folder: Path, described: list, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays of make(), kept in `folder` by what they depend on. described: JSON values, the first one its kind."""
+    """The arrays of make(), kept in `folder` by what they depend on; a damaged file is made again.
+
+    described: JSON values, the first one its kind. Raises EvaluationError: they cannot be kept.
+    """
     file = Path(folder) / f"{described[0]}-{digest([VERSION, *described])}.npz"
-    if not file.exists():
-        arrays = make()
-        write_whole(file, lambda path: _savez(path, arrays))
-    with np.load(file) as saved:
-        return dict(saved)
-
-
-def _savez(path: Path, arrays: dict[str, np.ndarray]):
-    with open(path, "wb") as file:  # given a path, numpy adds .npz to it
-        np.savez(file, **arrays)
+    with suppress(OSError, EOFError, ValueError, zipfile.BadZipFile), open_regular(file) as opened:
+        with np.load(opened) as saved:
+            return dict(saved)
+    arrays = {name: np.asarray(value) for name, value in make().items()}
+    try:
+        write_whole(file, partial(np.savez, **arrays))
+    except OSError as error:
+        reason = error.strerror or error
+        raise EvaluationError(f"{file}: cannot be written ({reason}); make room, or choose another --cache") from error
+    return arrays
 
 
 def check_excluded(task: Task, max_excluded: float):

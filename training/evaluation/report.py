@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -15,10 +16,13 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from markdown import Markdown  # noqa: E402
 from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay  # noqa: E402
 
 from training.evaluation.datasets import EvaluationError  # noqa: E402
-from uscl_hub.files import write_whole  # noqa: E402
+from training.messages import markdown as escaped  # noqa: E402
+from training.messages import one_line  # noqa: E402
+from uscl_hub.files import write_text, write_whole  # noqa: E402
 
 NAMES = {
     "knn": "kNN",
@@ -43,8 +47,8 @@ def write(folder: Path):
     text = "\n\n".join(
         ["# Evaluation of ultrasound backbones", about(result), markdown_tables(result), data_notes(result)]
     )
-    (folder / "report.md").write_text(f"{text}\n\n## Plots\n\n{pictures}\n", encoding="utf-8")
-    (folder / "report.html").write_text(page(text, figures), encoding="utf-8")
+    write_text(folder / "report.md", f"{text}\n\n## Plots\n\n{pictures}\n")
+    write_text(folder / "report.html", page(text, figures))
 
 
 # ---------------------------------------------------------------------------------------------------------- text
@@ -59,15 +63,17 @@ def interval(estimate: dict | None, sign: str = "") -> str:
 
 
 def table(head: list[str], rows: list[list]) -> str:
+    """A Markdown table of plain text: nothing in it is markup."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(escaped, line)) + " |" for line in lines)
 
 
 def about(result: dict) -> str:
     """What was run on what, with which backbones."""
     config, environment = result["config"], ", ".join(f"{k} {v}" for k, v in result["environment"].items())
+    command = one_line(result["command"]).replace("`", " ")
     text = (
-        f"{result['created']} by `{result['command']}`; {environment}. Folds by group: {config['folds']}; seeds: "
+        f"{result['created']} by `{command}`; {environment}. Folds by group: {config['folds']}; seeds: "
         f"{', '.join(map(str, config['seeds']))}. Brackets hold the 95 % interval of a bootstrap over groups "
         f"({config['draws']} draws), folds and seeds pooled. Several seeds repeat the folds, not the patients: they do "
         "not narrow what few patients leave open."
@@ -82,8 +88,8 @@ def about(result: dict) -> str:
         rows.append([name, b["architecture"], b["px"], ", ".join(sha[:12] for sha in b["sha"]), origin])
     parts = [text, table(["backbone", "architecture", "px", "weights (sha256)", "origin"], rows)]
     parts += [
-        f"**Left out:** {r['backbone']} on {result['tasks'][r['task']]['title']}: it was pretrained on {r['groups']} "
-        "of the groups that this task tests."
+        f"**Left out:** {escaped(r['backbone'])} on {result['tasks'][r['task']]['title']}: it was pretrained on "
+        f"{r['groups']} of the groups that this task tests."
         for r in result["refused"]
     ]
     return "\n\n".join(parts)
@@ -121,8 +127,8 @@ def markdown_tables(result: dict, by_class: bool = True) -> str:
             ]
             if found:
                 parts.append(
-                    f'Paired differences from {first}, on the same folds and draws; "better" and "worse" only where '
-                    "the interval excludes 0:"
+                    f'Paired differences from {escaped(first)}, on the same folds and draws; "better" and "worse" '
+                    "only where the interval excludes 0:"
                 )
                 parts.append(table([*head, "metric", "difference (points)", "verdict"], found))
         if not by_class:
@@ -150,8 +156,8 @@ def data_notes(result: dict) -> str:
     """What was excluded and why, and what a reader must know of each task."""
     parts = ["## Data"]
     for task in result["tasks"].values():
-        lines = [f"- {note}" for note in task["notes"]]
-        lines += [f"- excluded: {name}: {reason}" for name, reason in task["excluded"]]
+        lines = [f"- {escaped(note)}" for note in task["notes"]]
+        lines += [f"- excluded: {escaped(name)}: {escaped(reason)}" for name, reason in task["excluded"]]
         parts += [f"### {task['title']}", counts(task), "\n".join(lines)]
     return "\n\n".join(parts)
 
@@ -176,7 +182,7 @@ def replace_section(path: Path, section: str, body: str):
     after = rest.split(end)[1]
     note = "*Written by the command below; changes by hand are lost.*"
     text = f"{before}{begin}\n{note}\n\n{body}\n{end}{after}"
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 # --------------------------------------------------------------------------------------------------------- plots
@@ -188,7 +194,7 @@ def draw(result: dict, arrays: dict, folder: Path) -> list[tuple[Path, str]]:
     drawn = []
 
     def save(figure, name, caption):
-        figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
+        write_whole(folder / f"{name}.png", partial(figure.savefig, dpi=110, bbox_inches="tight"))
         plt.close(figure)
         drawn.append((folder / f"{name}.png", caption))
 
@@ -347,29 +353,14 @@ def page(text: str, figures: list[tuple[Path, str]]) -> str:
 
 
 def to_html(text: str) -> str:
-    """The Markdown that this file writes (headings, tables, lists, paragraphs, code, bold); all else is escaped."""
-    blocks = []
-    for block in text.split("\n\n"):
-        lines = block.strip().split("\n")
-        if lines[0].startswith("#"):
-            level = len(lines[0]) - len(lines[0].lstrip("#"))
-            blocks.append(f"<h{level}>{_inline(lines[0].lstrip('# '))}</h{level}>")
-        elif lines[0].startswith("| "):
-            rows = [[_inline(cell.replace("\\|", "|")) for cell in line[2:-2].split(" | ")] for line in lines]
-            body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows[2:])
-            blocks.append("<table><tr>" + "".join(f"<th>{c}</th>" for c in rows[0]) + f"</tr>{body}</table>")
-        elif lines[0].startswith("- "):
-            blocks.append("<ul>" + "".join(f"<li>{_inline(line[2:])}</li>" for line in lines) + "</ul>")
-        else:
-            blocks.append(f"<p>{_inline(block)}</p>")
-    return "\n".join(blocks)
-
-
-def _inline(text: str) -> str:
-    parts = html.escape(text).split("`")
-    parts = [f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts)]
-    bold = "".join(parts).split("**")
-    return "".join(f"<b>{part}</b>" if i % 2 else part for i, part in enumerate(bold))
+    """Markdown without HTML, links and pictures: these stay text."""
+    converter = Markdown(extensions=["tables"])
+    converter.preprocessors.deregister("html_block")
+    for name in ("html", "link", "image_link", "reference", "image_reference", "short_reference", "short_image_ref"):
+        converter.inlinePatterns.deregister(name)
+    for name in ("autolink", "automail"):
+        converter.inlinePatterns.deregister(name)
+    return converter.convert(text)
 
 
 if __name__ == "__main__":

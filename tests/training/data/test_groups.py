@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.data.groups import assign_groups, split_groups
+from uscl_hub.errors import UserError
 
 FRACTIONS = {"train": 0.8, "meta": 0.1, "val": 0.1}
 
@@ -49,6 +50,31 @@ def test_csv_errors(tmp_path, text, message):
     table.write_text(text)
     with pytest.raises(ValueError, match=message):
         assign_groups(["a"], csv=table)
+
+
+ROWS = "path,group\na.mp4,gr\u00fcn\nb.mp4,blau\n"
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (ROWS.encode("cp1252"), "line 2: byte 0xfc is not UTF-8"),
+        (ROWS.encode("utf-16"), "is UTF-16"),
+        (ROWS.replace("a.mp4", '"a.mp4').encode(), "quotation mark"),
+        (b"path,group\n", "has no rows"),
+    ],
+)
+def test_a_table_that_a_spreadsheet_has_made_otherwise_is_named(tmp_path, content, said):
+    table = tmp_path / "groups.csv"
+    table.write_bytes(content)
+    with pytest.raises(UserError, match=f"{table}.*{said}"):
+        assign_groups(["a.mp4"], csv=table)
+
+
+def test_a_german_spreadsheet_puts_semicolons(tmp_path):
+    table = tmp_path / "groups.csv"
+    table.write_bytes(ROWS.replace(",", ";").encode("utf-8-sig"))
+    assert assign_groups(["a.mp4", "x/b.mp4"], csv=table) == ["gr\u00fcn", "blau"]
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,6 +1,7 @@
 """Tasks: what is found, what is excluded and why, groups, frames and folds."""
 
 import csv
+import errno
 import shutil
 from pathlib import Path
 
@@ -212,6 +213,28 @@ def test_label_subsets_are_nested_whole_groups_of_every_class():
     assert all(len(set(k[groups == g])) == 1 for k in kept.values() for g in set(groups))
     with pytest.raises(ValueError, match="0, 1"):
         datasets.label_subset(labels, groups, 0, seed=0)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-7], lambda b: b[:900] + b"x" + b[901:], lambda b: b"", lambda b: b"hi"]
+)
+def test_a_damaged_entry_of_the_cache_is_made_again(tmp_path, damage):
+    arrays = {"x": np.arange(1000.0), "names": np.array(["a", "bc"])}
+    datasets.cached(tmp_path, ["kind", 1], lambda: arrays)
+    (file,) = tmp_path.glob("*.npz")
+    file.write_bytes(damage(file.read_bytes()))
+    for make in (lambda: arrays, None):  # None: it is there again, nothing is made
+        found = datasets.cached(tmp_path, ["kind", 1], make)
+        assert all((found[name] == value).all() for name, value in arrays.items()) and len(found) == 2
+
+
+def test_what_cannot_be_kept_is_one_line(tmp_path, monkeypatch):
+    def full(path, write):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(datasets, "write_whole", full)
+    with pytest.raises(datasets.EvaluationError, match="cannot be written .No space left on device.; make room, or"):
+        datasets.cached(tmp_path, ["kind", 1], lambda: {"x": np.arange(3)})
 
 
 def test_a_cell_that_is_cut_short_leaves_nothing_behind(tmp_path):
