@@ -19,7 +19,7 @@ from training import evaluate as evaluation  # noqa: E402
 from training import run  # noqa: E402
 from training.engine import export  # noqa: E402
 from training.evaluation import report  # noqa: E402
-from training.evaluation.datasets import EvaluationError, load_task  # noqa: E402
+from training.evaluation.task import EvaluationError  # noqa: E402
 from training.messages import command  # noqa: E402
 from uscl_hub.files import write_text  # noqa: E402
 
@@ -56,9 +56,9 @@ def main(config: Config) -> Path:
         out=str(out / "evaluation"),
         cache=str(out / "evaluation_cache"),
     )
+    settings = evaluation.with_tasks(settings)
     evaluation.check(settings)
-    for name in settings.tasks:  # what cannot be evaluated is better known before the training
-        load_task(name, Path(settings.data), Path(settings.blues))
+    evaluation.load_tasks(settings)  # what cannot be evaluated is better known before the training
     for number, ((arm, seed), one) in enumerate(trainings.items(), start=1):
         print(f"training {number} of {len(trainings)}: {arm}, seed {seed}", flush=True)
         train(one)
@@ -112,7 +112,11 @@ def table(result: dict) -> str:
     rows = [r for r in result["results"] if r["level"] != "frame"]
     keys = ("task", "protocol", "fraction")
     columns = list(dict.fromkeys(tuple(r[key] for key in keys) for r in rows))
-    metric = {column: "Dice" if column[0] == "busi_seg" else "macro-F1" for column in columns}
+    metric = {
+        column: next(m for m in ("macro-F1", "Dice", "R2") if m in r["metrics"])
+        for r in rows
+        for column in [tuple(r[key] for key in keys)]
+    }
     cells = {(r["backbone"], *(r[key] for key in keys)): r["metrics"] for r in rows}
     verdicts = {
         (d["backbone"], *(d[key] for key in keys)): {"better": " ▲", "worse": " ▼"}.get(d["verdict"], "")

@@ -1,8 +1,9 @@
 """Judge backbones on real tasks: `python training/evaluate.py [--config FILE.yaml] [--dotted.override VALUE ...]`.
 
-Decode once -> folds by group -> features once -> kNN, linear probe, fine-tuning, segmentation -> intervals over groups,
-paired differences -> results.json, report.md, plots, report.html; with --model-card also its tables. Every finished
-fold is cached: an interrupted run, started again, goes on where it stopped.
+`--data FOLDER_OR_TABLE` of your own, and if you have one `--test OTHER`; or the built-in tasks. Decode once -> folds by
+group -> features once -> kNN, linear probe, fine-tuning, segmentation -> intervals over groups, paired differences ->
+results.json, report.md, plots, report.html; with --model-card also its tables. Every finished fold is cached: an
+interrupted run, started again, goes on where it stopped.
 """
 
 import datetime
@@ -12,8 +13,7 @@ import platform
 import shlex
 import sys
 import time
-from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,37 +23,34 @@ import sklearn  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
 import torchvision  # noqa: E402
-from sklearn.manifold import TSNE  # noqa: E402
-from sklearn.metrics import confusion_matrix  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 from training import config as configs  # noqa: E402
 from training.engine import export  # noqa: E402
-from training.evaluation import (
-    datasets,  # noqa: E402
-    intervals,  # noqa: E402
-    protocols,  # noqa: E402
-    report,  # noqa: E402
-    segmentation,  # noqa: E402
+from training.evaluation import (  # noqa: E402
+    datasets,
+    leaks,
+    own,
+    protocols,
+    report,
+    rows,
+    segmentation,
 )
 from training.evaluation.backbones import (  # noqa: E402
-    find_leaks,
     is_imagenet,
     is_random,
     load_backbone,
-    refuse_leaks,
     split_name,
     split_px,
 )
-from training.evaluation.datasets import EvaluationError, Task  # noqa: E402
-from training.evaluation.protocols import FineTune  # noqa: E402
+from training.evaluation.fine_tuning import FineTune  # noqa: E402
 from training.evaluation.segmentation import Segment  # noqa: E402
-from training.messages import command, without_folders  # noqa: E402
+from training.evaluation.task import EvaluationError, Task, check_excluded  # noqa: E402
+from training.messages import command, say, without_folders  # noqa: E402
 from uscl_hub import files  # noqa: E402
-from uscl_hub.checkpoints import sha256  # noqa: E402
+from uscl_hub.labels import TASKS  # noqa: E402
 
 DATA = Path(os.environ.get("USCL_DATA", "data"))
-SHOWN = 6  # segmentation overlays in the report
+DEFAULT_TASKS = ("pocus", "busi", "busi3", "blues")
 
 
 @dataclass
@@ -65,11 +62,12 @@ class Config:
     imagenet:lite1, imagenet:lite2, meta_uscl_NAME[.tag], or an exported or converted folder, where '{seed}' stands for
     each seed; 'label=' before it names it in the report, '@PX' after it gives it an input size of its own
     (imagenet@224). Differences are from the first one."""
-    tasks: tuple[str, ...] = ("pocus", "busi", "busi3", "blues")
-    """pocus (3 classes, by patient), busi (benign / malignant), busi3, blues (COVID-BLUES severity), blues_point (scan
-    points of its clips: for tuning), busi_seg, bus_uc (breast, benign / malignant), ovary (8 classes)."""
+    tasks: tuple[str, ...] = ()
+    """own (the labels in --data), pocus (3 classes, by patient), busi (benign / malignant), busi3, blues (COVID-BLUES
+    severity), blues_point (scan points of its clips: for tuning), busi_seg, bus_uc (breast, benign / malignant), ovary
+    (8 classes). None: own, or pocus, busi, busi3 and blues where --data is the folder that holds them."""
     protocols: tuple[str, ...] = ("knn", "linear")
-    """knn, linear, finetune_last, finetune_full; busi_seg is trained with segment.heads instead."""
+    """knn, linear, finetune_last, finetune_full; segmentation is trained with segment.heads instead."""
     fractions: tuple[float, ...] = (1.0,)
     """Shares of the training groups that keep their label, such as 0.1 0.25 1."""
     seeds: tuple[int, ...] = (0,)
@@ -77,7 +75,18 @@ class Config:
     folds: int = 5
     """Folds by group."""
     data: str = str(DATA / "classification")
-    """Folder that holds pocus_lung, busi, bus_uc and ovary; default: $USCL_DATA/classification."""
+    """Your own labels: a folder CLASS/file, images with masks, or a table with the columns path and label (and group,
+    split, mask). Or the folder that holds pocus_lung, busi, bus_uc and ovary; default: $USCL_DATA/classification."""
+    test: str = ""
+    """Other labels as in --data: trained on all of --data, tested once on these. '': tested in folds."""
+    task: str = ""
+    """What own labels are: classification, multilabel, regression or segmentation. '': to be seen from them."""
+    columns: tuple[str, ...] = ()
+    """Columns of labels in own tables. None: label, else all but path, group, split and mask."""
+    classes: tuple[str, ...] = ()
+    """Only these classes of own labels. None: all."""
+    frames: str = "images"
+    """Numbered images of one folder of own labels: 'images' of their own, or one 'clip'."""
     blues: str = str(DATA / "pretrain" / "covid_blues")
     """COVID-BLUES, with severity.csv."""
     out: str = "runs/evaluate"
@@ -92,7 +101,7 @@ class Config:
     """Names of the backbones from which the report shows the differences of those after them; (): the first one."""
     px: int = 0
     """Side of the input; 0: each backbone's own; untrained ones, and then imagenet, that of the first trained one, else
-    64. A size after '@' comes first. busi_seg takes segment.px for all of them."""
+    64. A size after '@' comes first. Segmentation takes segment.px for all of them."""
     rate: float = 3.0
     """Frames per second taken of a video."""
     crop: str = "none"
@@ -112,20 +121,19 @@ class Config:
     full: FineTune = field(default_factory=lambda: FineTune(epochs=10, lr=1e-3, batch=64))
     """Fine-tuning of everything."""
     segment: Segment = field(default_factory=Segment)
-    """Lesion segmentation (task busi_seg)."""
+    """Segmentation: busi_seg, or own images with masks."""
 
 
 def main(config: Config) -> Path:
     """Run everything and return the output folder. Raises UserError."""
     started = time.time()
+    config = with_tasks(config)
     check(config)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    out = Path(config.out)
-    loaded = {name: datasets.load_task(name, Path(config.data), Path(config.blues)) for name in config.tasks}
-    for task in loaded.values():
-        datasets.check_excluded(task, config.max_excluded)
+    loaded = load_tasks(config)
     px = input_sizes(config)
-    backbones, refused = inspect(config, px, loaded.values())
+    backbones, refused = inspect(config, px, loaded)
+    out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     configs.dump(config, out / "config.yaml")
     result = {
@@ -136,20 +144,27 @@ def main(config: Config) -> Path:
         "backbones": backbones,
         "tasks": {},
         "refused": [{"backbone": name, "task": task, "groups": n} for (name, task), n in refused.items()],
+        "look_alikes": look_alikes(config, px, loaded, refused),
         "results": [],
         "differences": [],
     }
     arrays = {}
-    for task in loaded.values():
+    for task in loaded:
         found = []
         for spec in config.backbones:
             if (split_name(spec)[0], task.name) not in refused:
-                rows = segmentation_rows if task.name == "busi_seg" else classification_rows
-                found += rows(config, task, spec, px[spec], device, arrays)
+                found += rows.rows(config, task, spec, px[spec], device, arrays)
         result["results"] += [row for row, _ in found]
-        result["differences"] += differences(found)
-        result["tasks"][task.name] = describe(task, config)
+        result["differences"] += rows.differences(found)
+        result["tasks"][task.name] = rows.describe(task, config)
     result["seconds"] = round(time.time() - started, 1)
+    write(config, result, arrays)
+    return out
+
+
+def write(config: Config, result: dict, arrays: dict):
+    """results.json, arrays.npz and what is made of them."""
+    out = Path(config.out)
     files.write_whole(out / "arrays.npz", functools.partial(np.savez_compressed, **arrays))
     files.write_json(out / "results.json", result)
     report.write(out)
@@ -157,13 +172,38 @@ def main(config: Config) -> Path:
         report.update_model_card(Path(config.model_card), result, config.section)
     print(report.markdown_tables(result))
     print(f"{out / 'report.html'} written, {result['seconds']:.0f} s")
-    return out
+
+
+def with_tasks(config: Config) -> Config:
+    """The settings with the tasks that are meant where none are named."""
+    if config.tasks:
+        return config
+    folders = {folder for folder, _ in datasets.BUILT_IN.values()}
+    mine = config.test or config.data != Config.data and not any((Path(config.data) / f).is_dir() for f in folders)
+    return replace(config, tasks=(own.NAME,) if mine else DEFAULT_TASKS)
+
+
+def load_tasks(config: Config) -> list[Task]:
+    """The tasks, with what is to be known of own data on the terminal. Raises UserError."""
+    data = DATA / "classification" if own.NAME in config.tasks else Path(config.data)
+    source = own.Source(config.data, config.test, config.task, config.columns, config.classes, config.frames)
+    loaded = [
+        own.load_own(source) if name == own.NAME else datasets.load_task(name, data, Path(config.blues))
+        for name in config.tasks
+    ]
+    for task in loaded:
+        check_excluded(task, config.max_excluded)
+        for note in task.notes if task.name == own.NAME else ():
+            say(f"{task.title}: {note}")
+    return loaded
 
 
 def check(config: Config):
     """Refuse settings that cannot work before anything is decoded."""
     for given, known, what in (
-        (config.tasks, datasets.NAMES, "tasks"),
+        (config.tasks, (*datasets.NAMES, own.NAME), "tasks"),
+        ((config.task,), ("", *TASKS), "task"),
+        ((config.frames,), ("images", "clip"), "frames"),
         (config.protocols, protocols.PROTOCOLS, "protocols"),
         ((config.leaks,), ("refuse", "skip"), "leaks"),
         ((config.crop,), ("none", "crop", "blank"), "crop"),
@@ -172,7 +212,7 @@ def check(config: Config):
     ):
         for name in given:
             if name not in known:
-                raise EvaluationError(f"{what}: no {name!r}; choose from {', '.join(known)}")
+                raise EvaluationError(f"{what}: no {name!r}; choose from {', '.join(filter(None, known))}")
     for name in ("backbones", "tasks", "seeds", "fractions"):
         if not getattr(config, name):
             raise EvaluationError(f"{name}: give at least one")
@@ -181,6 +221,10 @@ def check(config: Config):
         raise EvaluationError(f"backbones: {', '.join(names)} are not all different; name one, as in 'ours=FOLDER'")
     if unknown := set(config.compare) - set(names):
         raise EvaluationError(f"compare: {', '.join(sorted(unknown))} is not among the backbones {', '.join(names)}")
+    if (config.test or config.task or config.columns or config.classes) and own.NAME not in config.tasks:
+        raise EvaluationError(
+            "test, task, columns and classes are for own labels: name them by --data, without --tasks"
+        )
     if config.folds < 2 or config.draws < 1 or config.rate <= 0 or any(not 0 < f <= 1 for f in config.fractions):
         raise EvaluationError("folds must be at least 2, draws at least 1, rate above 0 and fractions in (0, 1]")
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -202,13 +246,12 @@ def input_sizes(config: Config) -> dict[str, int]:
     }
 
 
-def inspect(config: Config, px: dict[str, int], loaded) -> tuple[dict, dict]:
+def inspect(config: Config, px: dict[str, int], loaded: list[Task]) -> tuple[dict, dict]:
     """What every backbone is, and how many groups of which (backbone, task) it must not be tested on."""
     backbones, refused = {}, {}
     for spec in config.backbones:
         for seed in config.seeds:
             backbone = load_backbone(spec, seed, px[spec])
-            known = backbone.provenance or {}
             about = backbones.setdefault(
                 backbone.name,
                 {
@@ -217,133 +260,48 @@ def inspect(config: Config, px: dict[str, int], loaded) -> tuple[dict, dict]:
                     "px": backbone.px,
                     "sha": [],
                     "untrained": is_random(spec),
-                    "leaks_checked": bool(known.get("groups") or known.get("clips")),
-                    "provenance": without_folders({k: v for k, v in known.items() if k not in ("groups", "clips")}),
+                    "leaks_checked": leaks.names_clips(backbone.provenance),
+                    "provenance": without_folders(leaks.brief(backbone.provenance)),
                 },
             )
             if backbone.sha not in about["sha"]:
                 about["sha"].append(backbone.sha)
             for task in loaded:
                 if config.leaks == "refuse":
-                    refuse_leaks(backbone, task)
-                elif leaked := find_leaks(backbone, task):
+                    leaks.refuse_leaks(backbone, task)
+                elif leaked := leaks.find_leaks(backbone, task):
                     refused[backbone.name, task.name] = len(leaked)
     return backbones, refused
+
+
+def look_alikes(config: Config, px: dict[str, int], loaded: list[Task], refused: dict) -> list[dict]:
+    """Warnings of pictures that look like some of the pretraining, or of the training; their pairs as pictures."""
+    found = [("the training data", task, leaks.find_crossing(task, Path(config.cache)), "") for task in loaded
+             if task.external]  # fmt: skip
+    for spec in config.backbones:
+        for seed in config.seeds if "{seed}" in spec else config.seeds[:1]:
+            backbone = load_backbone(spec, seed, px[spec])
+            for task in loaded:
+                if (backbone.name, task.name) not in refused:
+                    pairs = leaks.find_near(backbone, task, Path(config.cache))
+                    found.append((backbone.name, task, pairs, backbone.spec))
+    told = []
+    for name, task, pairs, spec in found:
+        if not pairs:
+            continue
+        file = f"look_alikes_{len(told)}.png"
+        leaks.picture(pairs, Path(spec), Path(config.out) / "figures" / file)
+        shown = Path(config.out) / "figures" / file
+        say(f"warning: {len(pairs)} of the files of {task.title} look like some of {name}; look at {shown}")
+        entry = {"backbone": name, "task": task.name, "figure": file}
+        told.append({**entry, "pairs": [pair.to_dict() for pair in pairs]})
+    return told
 
 
 def environment(device: str) -> dict:
     libraries = {"torch": torch, "torchvision": torchvision, "timm": timm, "scikit-learn": sklearn}
     versions = {name: module.__version__ for name, module in libraries.items()}
     return {**export.code_version(), "python": platform.python_version(), **versions, "device": device}
-
-
-def classification_rows(config: Config, task: Task, spec: str, px: int, device: str, arrays: dict):
-    """Yields (row of results.json, its Estimates) for every protocol, label fraction and level."""
-    cache = Path(config.cache)
-    frames = datasets.load_frames(task, px, cache, config.rate, config.crop, config.workers, config.max_excluded)
-    labels, groups, name, collected = task.labels, task.groups, split_name(spec)[0], defaultdict(list)
-    for seed in config.seeds:
-        folds = datasets.make_folds(labels, groups, task.classes, config.folds, seed, task.title)
-        backbone = load_backbone(spec, seed, px)
-        features = protocols.features(backbone, frames, cache, device)
-        if seed == config.seeds[0]:
-            arrays[f"tsne/{task.name}/{name}"] = tsne(protocols.pool_frames(features, frames.item, len(task.items)))
-        inputs = {
-            "finetune_last": functools.cache(lambda: protocols.before_last_block(backbone, frames.images, device)),
-            "finetune_full": lambda: frames.images,
-        }
-        for protocol in config.protocols:
-            recipe = {"finetune_last": config.last, "finetune_full": config.full}.get(protocol)
-            for fraction in config.fractions:
-                with tqdm(total=config.folds, desc=f"{task.name} {name} {protocol} {fraction:.0%} {seed}") as bar:
-                    args = task, frames, folds, fraction, seed, backbone, recipe, device, cache, bar.update
-                    scores = protocols.out_of_fold(protocol, inputs.get(protocol, lambda: features), *args)
-                collected[protocol, fraction].append(scores)
-    arrays[f"labels/{task.name}"] = labels
-    for (protocol, fraction), scores in collected.items():
-        pooled = [protocols.pool_frames(s, frames.item, len(task.items)) for s in scores]
-        levels = {"video" if task.has_video else "image": (pooled, np.arange(len(task.items)))}
-        if task.has_video:
-            levels["frame"] = scores, frames.item
-        arrays[f"scores/{task.name}/{name}/{protocol}/{fraction:g}"] = np.concatenate(pooled).astype(np.float32)
-        for level, (s, item) in levels.items():
-            s, y, g = np.concatenate(s), np.tile(labels[item], len(s)), np.tile(groups[item], len(s))
-            estimates = intervals.classification(y, s, g, task.classes, config.draws)
-            confusion = confusion_matrix(y, s.argmax(1), labels=range(len(task.classes))).tolist()
-            yield row(task, name, protocol, fraction, level, len(item), estimates, confusion=confusion), estimates
-
-
-def segmentation_rows(config: Config, task: Task, spec: str, px: int, device: str, arrays: dict):
-    """Yields (row of results.json, its Estimates) for every head and label fraction."""
-    cache, name = Path(config.cache), split_name(spec)[0]
-    images, masks = segmentation.load_pairs(task, config.segment.px, cache)
-    datasets.check_excluded(task, config.max_excluded)
-    shown = np.linspace(0, len(images) - 1, SHOWN).round().astype(int)
-    for head in config.segment.heads:
-        for fraction in config.fractions:
-            predicted, instances = [], []
-            for seed in config.seeds:
-                folds = datasets.make_folds(task.labels, task.groups, task.classes, config.folds, seed, task.title)
-                backbone = load_backbone(spec, seed, px)
-                with tqdm(total=config.folds, desc=f"{task.name} {name} {head} {fraction:.0%} {seed}") as bar:
-                    args = task, folds, fraction, seed, config.segment, device, cache, bar.update
-                    masks_of_seed, found = segmentation.out_of_fold(head, backbone, images, masks, *args)
-                predicted.append(masks_of_seed)
-                instances += found
-            overlay = [images[shown], masks[shown] * np.uint8(255), predicted[0][shown] * np.uint8(255)]
-            arrays[f"overlay/{task.name}/{name}/{head}/{fraction:g}"] = np.stack(overlay, axis=1)
-            truth, groups = np.tile(masks, (len(config.seeds), 1, 1)), np.tile(task.groups, len(config.seeds))
-            values = segmentation.image_metrics(np.concatenate(predicted), truth)
-            estimates = intervals.mean_of_rows(values, groups, config.draws)
-            if head == "maskrcnn":
-                estimates |= segmentation.average_precision(truth, instances, groups, config.draws)
-            yield row(task, name, head, fraction, "image", len(images), estimates), estimates
-
-
-def row(task: Task, backbone: str, protocol: str, fraction: float, level: str, n: int, estimates: dict, **more) -> dict:
-    counts = {"n": n, "groups": len(set(task.groups)), "found": task.found, "excluded": len(task.excluded)}
-    metrics = {key: e.to_dict() for key, e in estimates.items()}
-    kind = {"task": task.name, "backbone": backbone, "protocol": protocol, "fraction": fraction, "level": level}
-    return {**kind, **counts, "metrics": metrics, **more}
-
-
-def tsne(x: np.ndarray) -> np.ndarray:
-    """t-SNE of the items' mean features, float32 (items, 2)."""
-    model = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="random", random_state=0)
-    return model.fit_transform(x).astype(np.float32)
-
-
-def differences(found: list[tuple[dict, dict]]) -> list[dict]:
-    """Every later backbone minus every earlier one, on the same folds and draws. found: of one task."""
-    kinds, result = ("task", "protocol", "fraction", "level"), []
-    for i, (first, earlier) in enumerate(found):
-        for second, later in found[i + 1 :]:
-            kind = {key: first[key] for key in kinds}
-            if first["backbone"] == second["backbone"] or any(second[key] != kind[key] for key in kinds):
-                continue
-            for metric in earlier:
-                d = later[metric] - earlier[metric]
-                names = {"backbone": second["backbone"], "against": first["backbone"], "metric": metric}
-                result.append({**kind, **names, **d.to_dict(), "verdict": intervals.verdict(d)})
-    return result
-
-
-def describe(task: Task, config: Config) -> dict:
-    labels, groups = task.labels, task.groups
-    folds = {s: datasets.make_folds(labels, groups, task.classes, config.folds, s).tolist() for s in config.seeds}
-    return {
-        "title": task.title,
-        "classes": list(task.classes),
-        "found": task.found,
-        "used": len(task.items),
-        "by_class": {c: int((labels == i).sum()) for i, c in enumerate(task.classes)},
-        "groups": len(set(groups)),
-        "groups_by_class": {c: len(set(groups[labels == i])) for i, c in enumerate(task.classes)},
-        "excluded": task.excluded,
-        "notes": task.notes,
-        "items": [[item.id, item.label, item.group, sha256(item.path)] for item in task.items],
-        "folds": folds,
-    }
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from torch import nn
 
 import uscl_hub
 from training import imagenet
-from training.evaluation.datasets import EvaluationError
 from training.evaluation.leaks import LeakError, find_leaks, refuse_leaks  # noqa: F401  (their name here before)
+from training.evaluation.task import EvaluationError
 from uscl_hub import models
 from uscl_hub.checkpoints import check_folder
 from uscl_hub.errors import UserError

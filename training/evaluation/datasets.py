@@ -1,126 +1,41 @@
-"""The downstream tasks: which files, which label, which group (patient), which frames, which folds.
+"""The built-in tasks. Another one is another function here: see `built_in`.
 
 Nothing is dropped silently: a file that cannot be used stays in the task's `excluded` with the reason, and the
 report prints both counts. A task of which too much is excluded does not run.
 """
 
-import hashlib
-import json
-import os
 import re
-import zipfile
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold
 
-from uscl_hub.checkpoints import sha256
-from uscl_hub.clips import Clip, UnreadableClip, content_hash
+from training.evaluation.folds import label_subset, make_folds  # noqa: F401  (their names here before)
+from training.evaluation.frames import Frames, cached, digest, frame_numbers, load_frames  # noqa: F401
+from training.evaluation.task import EvaluationError, Item, Task, TaskError, check_excluded  # noqa: F401
+from uscl_hub.clips import Clip, UnreadableClip
 from uscl_hub.clips.clip import IMAGE, VIDEO
 from uscl_hub.clips.decode import decode
-from uscl_hub.clips.read import read_clip
 from uscl_hub.errors import UserError
-from uscl_hub.files import open_regular, write_whole
 from uscl_hub.labels.groups import DUPLICATE, near_duplicates
 from uscl_hub.labels.rows import read_rows
 
-UNKNOWN_FPS = 25.0  # of a moving file that does not say
-NAMES = ("pocus", "busi", "busi3", "blues", "blues_point", "busi_seg", "bus_uc", "ovary")
-VERSION = 1  # of everything that decides cached numbers: decoding, protocols, training
+BUILT_IN: dict[str, tuple[str, Callable[[Path], Task]]] = {}  # name: (folder, function)
 
 
-class EvaluationError(UserError):
-    """Something in an evaluation's settings or data that the user can mend."""
+def built_in(folder: str):
+    """Make a function a task of --tasks by its own name: it gets the path of `folder` and returns a Task.
 
-
-class TaskError(EvaluationError):
-    """A data set that cannot be evaluated as it is."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One labelled file. aliases: other names under which its group may stand in a checkpoint's provenance."""
-
-    id: str
-    path: Path
-    kind: str  # 'video', 'image', 'dicom' or 'frames'
-    label: str
-    group: str
-    masks: tuple[Path, ...] = ()
-    aliases: tuple[str, ...] = ()
-    files: tuple[Path, ...] = ()  # of a numbered series, whose first one is path
-    values: tuple[float, ...] = ()  # of several labels (0 or 1) or of a regression
-
-    @property
-    def clip(self) -> Clip:
-        return Clip(self.id, "", self.kind, self.files or (self.path,))
-
-    @cached_property
-    def sha256(self) -> str:
-        """Of the content, as uscl_hub.clips.content_hash has it."""
-        return content_hash(self.clip)
-
-    @cached_property
-    def file_sha256(self) -> tuple[str, ...]:
-        """Of each file of a numbered series."""
-        return tuple(sha256(path) for path in self.files)
-
-
-@dataclass
-class Task:
-    """A question and the files that it is asked of.
-
-    classes: of several labels or of a regression the names of the columns. excluded: (id, reason) of files that belong
-    to the task and cannot be used. notes: what a reader must know. kind: 'classification', 'segmentation',
-    'multilabel' or 'regression'. external: items whose id is in it are tested once, by what all others taught; empty:
-    the task is tested in folds.
+    folder: in --data; 'covid_blues' is --blues itself.
     """
 
-    name: str
-    title: str
-    classes: tuple[str, ...]
-    items: list[Item]
-    excluded: list[tuple[str, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    kind: str = "classification"
-    external: frozenset[str] = frozenset()
+    def add(function):
+        BUILT_IN[function.__name__] = folder, function
+        return function
 
-    @property
-    def found(self) -> int:
-        return len(self.items) + len(self.excluded)
-
-    @property
-    def labels(self) -> np.ndarray:  # int (items,), an index into classes
-        return np.array([self.classes.index(item.label) for item in self.items])
-
-    @property
-    def targets(self) -> np.ndarray:
-        """What is to be predicted: labels, or float32 (items, classes) for several labels and regression."""
-        if self.kind in ("multilabel", "regression"):
-            return np.array([item.values for item in self.items], np.float32)
-        return self.labels
-
-    @property
-    def strata(self) -> np.ndarray:
-        """What folds and subsets are balanced by, int (items,): labels; for regression fifths of the first column."""
-        if self.kind == "regression":
-            first = self.targets[:, 0]
-            return np.searchsorted(np.quantile(first, (0.2, 0.4, 0.6, 0.8)), first)
-        return np.zeros(len(self.items), int) if self.kind == "multilabel" else self.labels
-
-    @property
-    def groups(self) -> np.ndarray:  # str (items,)
-        return np.array([item.group for item in self.items])
-
-    @property
-    def has_video(self) -> bool:
-        return any(item.kind == "video" for item in self.items)
+    return add
 
 
 def load_task(name: str, data: Path, blues: Path) -> Task:
@@ -128,20 +43,16 @@ def load_task(name: str, data: Path, blues: Path) -> Task:
 
     data: the folder with pocus_lung, busi, bus_uc and ovary; blues: the folder covid_blues.
     """
-    if name not in NAMES:
+    if name not in BUILT_IN:
         raise TaskError(f"no task {name!r}: choose from {', '.join(NAMES)}")
-    if name == "pocus":
-        return pocus(Path(data) / "pocus_lung")
-    if name == "bus_uc":
-        return bus_uc(Path(data) / "bus_uc")
-    if name == "ovary":
-        return ovary(Path(data) / "ovary")
-    return covid_blues(Path(blues), name) if name.startswith("blues") else busi(Path(data) / "busi", name)
+    folder, function = BUILT_IN[name]
+    return function(Path(blues) if folder == "covid_blues" else Path(data) / folder)
 
 
 # ------------------------------------------------------------------------------------------------- the data sets
 
 
+@built_in("pocus_lung")
 def pocus(root: Path) -> Task:
     """POCUS lung (Born et al. 2021): videos and images, 3 classes, grouped by patient, else by source.
 
@@ -184,14 +95,9 @@ def pocus(root: Path) -> Task:
     return _same_file_in_one_group(Task("pocus", "POCUS lung", classes, items, excluded, notes))
 
 
-def covid_blues(root: Path, name: str = "blues") -> Task:
-    """COVID-BLUES (Wiedemann et al. 2025), grouped by patient.
-
-    name: 'blues' (severity score >= 2 against < 2 of a clip), or 'blues_point' (at which of a lung's three BLUE points
-    the clip was taken, from its name: a question that needs no expert, for tuning a pretraining).
-    """
-    if name == "blues_point":
-        return _blue_points(root)
+@built_in("covid_blues")
+def blues(root: Path) -> Task:
+    """COVID-BLUES (Wiedemann et al. 2025): severity score >= 2 against < 2 of a clip, grouped by patient."""
     table, scores = root / "severity.csv", defaultdict(set)
     for row in read_csv(table, ("video_file", "Severity Score")):
         scores[row["video_file"].removesuffix(".mp4")].add(row["Severity Score"])
@@ -215,7 +121,10 @@ def covid_blues(root: Path, name: str = "blues") -> Task:
     return _same_file_in_one_group(Task("blues", "COVID-BLUES severity", classes, items, excluded, notes))
 
 
-def _blue_points(root: Path) -> Task:
+@built_in("covid_blues")
+def blues_point(root: Path) -> Task:
+    """At which of a lung's three BLUE points a COVID-BLUES clip was taken, from its name: a question that needs no
+    expert, for tuning a pretraining."""
     items, excluded = [], []
     for path in _files(root, VIDEO):
         if match := re.match(r"(patient_\d+)_[LR]([123])(_\d+)?$", path.stem):
@@ -227,30 +136,44 @@ def _blue_points(root: Path) -> Task:
     return _same_file_in_one_group(Task("blues_point", "COVID-BLUES scan point", classes, items, excluded, notes))
 
 
-def busi(root: Path, name: str = "busi") -> Task:
-    """BUSI breast images (Al-Dhabyani et al. 2020), grouped by near-duplicate cluster over all three classes.
-
-    name: 'busi' (benign, malignant), 'busi3' (and normal), or 'busi_seg', where an image without its mask is excluded.
-    """
-    title, classes = {
-        "busi": ("BUSI benign / malignant", ("benign", "malignant")),
-        "busi3": ("BUSI 3 classes", ("benign", "malignant", "normal")),
-        "busi_seg": ("BUSI lesion segmentation", ("benign", "malignant")),
-    }[name]
-    return _class_folders(Task(name, title, classes, []), root, ("benign", "malignant", "normal"), name == "busi_seg")
+BUSI = ("benign", "malignant", "normal")  # Al-Dhabyani et al. 2020; clusters are over all three classes
 
 
+@built_in("busi")
+def busi(root: Path) -> Task:
+    """BUSI breast images, benign and malignant, grouped by near-duplicate cluster."""
+    return _class_folders(Task("busi", "BUSI benign / malignant", BUSI[:2], []), root, BUSI)
+
+
+@built_in("busi")
+def busi3(root: Path) -> Task:
+    """BUSI breast images of all classes."""
+    return _class_folders(Task("busi3", "BUSI 3 classes", BUSI, []), root, BUSI)
+
+
+@built_in("busi")
+def busi_seg(root: Path) -> Task:
+    """The lesions of BUSI; an image without its mask is excluded."""
+    task = Task("busi_seg", "BUSI lesion segmentation", BUSI[:2], [], kind="segmentation")
+    return _class_folders(task, root, BUSI, with_masks=True)
+
+
+@built_in("bus_uc")
 def bus_uc(root: Path) -> Task:
     """BUS-UC breast images, benign and malignant, grouped by near-duplicate cluster."""
     classes = ("benign", "malignant")
     return _class_folders(Task("bus_uc", "BUS-UC benign / malignant", classes, []), root, classes)
 
 
+@built_in("ovary")
 def ovary(root: Path) -> Task:
     """Ovarian images (part of MMOTU), 8 classes, grouped by near-duplicate cluster."""
     classes = ("chocolate_cyst", "high_grade_serous", "mucinous_cystadenoma", "normal", "serous_cystadenoma")
     classes += ("simple_cyst", "teratoma", "theca_cell_tumour")
     return _class_folders(Task("ovary", "Ovary 8 classes", classes, []), root, classes)
+
+
+NAMES = tuple(BUILT_IN)
 
 
 @dataclass
@@ -380,152 +303,3 @@ def _files(root: Path, extensions: set[str]) -> list[Path]:
 
 def _id(path: Path, root: Path) -> str:
     return f"{root.name}/{path.relative_to(root).as_posix()}"
-
-
-# ----------------------------------------------------------------------------------------------------- frames
-
-
-@dataclass
-class Frames:
-    """images: uint8 (N, px, px); item: int (N,), each frame's index into task.items. key: of all they depend on."""
-
-    images: np.ndarray
-    item: np.ndarray
-    key: str
-
-
-def load_frames(
-    task: Task,
-    px: int,
-    cache: Path,
-    rate: float = 3.0,
-    crop: str = "none",
-    workers: int = 0,
-    max_excluded: float = 0.05,
-) -> Frames:
-    """Decode every item once, at about `rate` frames per second, to px squares; later calls read the cache.
-
-    crop: 'none', or 'crop' / 'blank' for the detected moving region (uscl_hub/clips/crop.py). workers: threads, 0: one
-    a core. Items that cannot be decoded are moved from task.items to task.excluded with the reason. Raises TaskError if
-    more than the share `max_excluded` of all found items is excluded by then.
-    """
-
-    def decode_all():
-        jobs = [(item, px, rate, crop) for item in task.items]
-        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # decoders and resizing release the GIL
-            decoded = list(pool.map(_decode, jobs))
-        return {
-            "images": np.concatenate([np.zeros((0, px, px), np.uint8), *(frames for frames, _, _ in decoded)]),
-            "item": np.repeat(np.arange(len(decoded)), [len(frames) for frames, _, _ in decoded]),
-            "reasons": np.array([reason for _, reason, _ in decoded]),
-            "notes": np.array([note for _, _, note in decoded]),
-        }
-
-    described = ["frames", px, rate, crop, [(item.id, item.sha256) for item in task.items]]
-    saved = cached(cache, described, decode_all)
-    unreadable = np.flatnonzero(saved["reasons"] != "")
-    task.excluded += [(task.items[i].id, f"unreadable: {saved['reasons'][i]}") for i in unreadable]
-    notes = [f"{item.id}: {note}" for item, note in zip(task.items, saved["notes"]) if note]
-    task.notes += [note for note in notes if note not in task.notes]  # said once, however many sizes are decoded
-    kept = np.setdiff1d(np.arange(len(task.items)), unreadable)
-    task.items = [task.items[i] for i in kept]
-    check_excluded(task, max_excluded)
-    return Frames(saved["images"], np.searchsorted(kept, saved["item"]), digest(described))
-
-
-def digest(described) -> str:
-    """20 hex digits of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:20]
-
-
-def cached(folder: Path, described: list, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays of make(), kept in `folder` by what they depend on; a damaged file is made again.
-
-    described: JSON values, the first one its kind. Raises EvaluationError: they cannot be kept.
-    """
-    file = Path(folder) / f"{described[0]}-{digest([VERSION, *described])}.npz"
-    with suppress(OSError, EOFError, ValueError, zipfile.BadZipFile), open_regular(file) as opened:
-        with np.load(opened) as saved:
-            return dict(saved)
-    arrays = {name: np.asarray(value) for name, value in make().items()}
-    try:
-        write_whole(file, partial(np.savez, **arrays))
-    except OSError as error:
-        reason = error.strerror or error
-        raise EvaluationError(f"{file}: cannot be written ({reason}); make room, or choose another --cache") from error
-    return arrays
-
-
-def check_excluded(task: Task, max_excluded: float):
-    if not task.items or len(task.excluded) > max_excluded * task.found:
-        listing = "\n".join(f"  {name}: {reason}" for name, reason in task.excluded[:20])
-        raise TaskError(
-            f"{task.title}: {len(task.excluded)} of {task.found} files cannot be used, more than "
-            f"--max-excluded {max_excluded:g} allows; mend them or raise it:\n{listing}"
-        )
-
-
-def _decode(job) -> tuple[np.ndarray, str, str]:
-    """Frames, uint8 (T, px, px), the reason why there are none, and what a reader should know of them."""
-    item, px, rate, crop = job
-    try:
-        clip = read_clip(item.clip, px, crop=crop)
-    except UnreadableClip as error:
-        return np.zeros((0, px, px), np.uint8), error.reason, ""
-    return clip.images[frame_numbers(len(clip.images), clip.fps, rate)], "", "; ".join(clip.notes)
-
-
-def frame_numbers(frames: int, fps: float | None, rate: float) -> np.ndarray:
-    """Which frames of a clip are taken, int: the first one at or after every 1 / rate seconds, each once."""
-    step = max(1.0, (fps or UNKNOWN_FPS) / rate)
-    return np.ceil(np.arange(0, frames, step) - 1e-9).astype(int).clip(max=frames - 1)
-
-
-# ------------------------------------------------------------------------------------------------------ folds
-
-
-def make_folds(
-    labels: np.ndarray, groups: np.ndarray, classes: tuple[str, ...], folds: int, seed: int, name: str = "task"
-) -> np.ndarray:
-    """The test fold of every item, int (items,): stratified by label, no group in two folds, from one seed.
-
-    labels: int (items,). Raises TaskError, naming the class and its number of groups, if a test fold or what remains
-    for training would lack a class.
-    """
-    assigned = np.full(len(labels), -1)
-    for label, class_name in enumerate(classes):
-        count = len(set(groups[labels == label]))
-        if count < folds:
-            raise TaskError(
-                f"{name}: class {class_name!r} has {count} group(s), too few for {folds} folds that each "
-                "hold every class; use fewer --folds or more data"
-            )
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    for fold, (_, test) in enumerate(splitter.split(np.zeros(len(labels)), labels, groups)):
-        assigned[test] = fold
-    for fold in range(folds):
-        for label, class_name in enumerate(classes):
-            for part, where in ((labels[assigned == fold], "test part"), (labels[assigned != fold], "training part")):
-                if not (part == label).any():
-                    raise TaskError(
-                        f"{name}: the {where} of fold {fold} (seed {seed}) has no {class_name!r}; use "
-                        f"fewer --folds or another seed"
-                    )
-    return assigned
-
-
-def label_subset(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Which training items keep their label, bool (items,): a share of the groups of every class, at least one.
-
-    A group counts to the class of most of its items. A smaller share is a subset of a larger one with the same seed.
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"label fraction must be in (0, 1], got {fraction}")
-    by_class = defaultdict(list)
-    for group in sorted(set(groups)):
-        by_class[int(np.bincount(labels[groups == group]).argmax())].append(group)
-    kept = set()
-    for label, members in sorted(by_class.items()):
-        order = np.random.default_rng([seed, label]).permutation(len(members))
-        kept.update(members[i] for i in order[: max(1, round(fraction * len(members)))])
-    return np.isin(groups, sorted(kept))

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from training.evaluation.backbones import Backbone
-from training.evaluation.datasets import EvaluationError, Frames, cached
+from training.evaluation.frames import Frames, cached
+from training.evaluation.task import EvaluationError
 from uscl_hub.preprocess import normalise
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from training.evaluation.backbones import Backbone
-from training.evaluation.datasets import EvaluationError
 from training.evaluation.features import compute, to_input
+from training.evaluation.task import EvaluationError
 from training.method.fast_convolution import FastWeightGradients
 
 

@@ -106,8 +106,8 @@ def resampled(labels: np.ndarray, scores: np.ndarray, group: np.ndarray, counts:
     hits, true, said = np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(2), confusion.sum(1)
     recall, f1 = hits / np.maximum(true, 1), 2 * hits / np.maximum(true + said, 1)
     precision = hits / np.maximum(said, 1)
-    auroc = np.mean([auroc(labels == c, scores[:, c], group, counts) for c in range(k) if k > 2 or c == 1], axis=0)
-    rows = [hits.sum(1) / true.sum(1), recall.mean(1), f1.mean(1), auroc, *precision.T, *recall.T, *f1.T]
+    area = np.mean([auroc(labels == c, scores[:, c], group, counts) for c in range(k) if k > 2 or c == 1], axis=0)
+    rows = [hits.sum(1) / true.sum(1), recall.mean(1), f1.mean(1), area, *precision.T, *recall.T, *f1.T]
     return np.where((true > 0).all(1), rows, np.nan)
 
 

@@ -18,7 +18,8 @@ from training.data.cache import CacheError, FrameCache
 from training.data.groups import fingerprint
 from training.data.perceptual import bits, difference, frame_hashes, positions
 from training.data.provenance import chain
-from training.evaluation.datasets import EvaluationError, Task, cached
+from training.evaluation.frames import cached
+from training.evaluation.task import EvaluationError, Task
 from uscl_hub.clips import UnreadableClip
 from uscl_hub.clips.read import read_clip
 from uscl_hub.errors import UserError
@@ -107,13 +108,20 @@ def _series(task: Task) -> dict[str, str]:
 
 @dataclass
 class LookAlike:
-    """An item of a task that looks like a clip of the pretraining. clip: its SHA-256; bits: that differ, of 256;
-    image: uint8 (SIDE, SIDE), the item's frame."""
+    """An item of a task that looks like a clip of the pretraining, or a test item that looks like one of the training.
+
+    clip: SHA-256 of the pretraining's clip, or the training item's id; bits: that differ, of 256; image: uint8
+    (SIDE, SIDE), the item's frame; other: the clip's, None where only its hash is known.
+    """
 
     item: str
     clip: str
     bits: int
     image: np.ndarray
+    other: np.ndarray | None = None
+
+    def to_dict(self) -> dict:
+        return {"item": self.item, "clip": self.clip, "bits": self.bits}
 
 
 def find_near(backbone, task: Task, cache: Path) -> list[LookAlike]:
@@ -132,6 +140,22 @@ def find_near(backbone, task: Task, cache: Path) -> list[LookAlike]:
                 pair = LookAlike(name, clips[best], int(distance[i, best]), images[start + i])
                 if name not in closest or pair.bits < closest[name].bits:
                     closest[name] = pair
+    return sorted(closest.values(), key=lambda pair: (pair.bits, pair.item))
+
+
+def find_crossing(task: Task, cache: Path) -> list[LookAlike]:
+    """The items of an external test that look like an item of the training, closest first."""
+    item, images, hashes = _hashed_items(task, cache, {"crop": "none"})
+    tested = np.array([task.items[i].id in task.external for i in item], bool)
+    if not tested.any() or tested.all():
+        return []
+    train, closest = np.flatnonzero(~tested), {}
+    for i in np.flatnonzero(tested):
+        distance = (hashes.shape[1] - hashes[train] @ hashes[i]) / 2
+        best, name = int(distance.argmin()), task.items[item[i]].id
+        if distance[best] <= ALIKE and (name not in closest or distance[best] < closest[name].bits):
+            other = task.items[item[train[best]]].id
+            closest[name] = LookAlike(name, other, int(distance[best]), images[i], images[train[best]])
     return sorted(closest.values(), key=lambda pair: (pair.bits, pair.item))
 
 
@@ -175,17 +199,19 @@ def _frames_of(item, settings: dict) -> list[tuple[np.ndarray, str]]:
 
 
 def picture(pairs: list[LookAlike], folder: Path, path: Path) -> bool:
-    """Write the first pairs side by side: the item's frame, and the clip of the pretraining where its cache is here.
+    """Write the first pairs, one above the other: the item's frame, and what it looks like where that is here.
 
-    folder: of the backbone; its training's frame cache is looked for beside it. Returns whether it was found.
+    folder: of the backbone; its training's frame cache is looked for beside it. Returns whether there was anything.
     """
-    frames = _pretraining(folder, {pair.clip for pair in pairs[:SHOWN]})
+    wanted = {pair.clip for pair in pairs[:SHOWN] if pair.other is None}
+    frames = _pretraining(folder, wanted) if wanted else {}
+    frames |= {pair.clip: pair.other[None] for pair in pairs[:SHOWN] if pair.other is not None}
     sheet = Image.new("L", ((SIDE + 4) * min(len(pairs), SHOWN) + 4, 2 * SIDE + 12), 255)
     for i, pair in enumerate(pairs[:SHOWN]):
         left = 4 + i * (SIDE + 4)
         sheet.paste(Image.fromarray(pair.image), (left, 4))
-        if (other := frames.get(pair.clip)) is not None:
-            best = min(other, key=lambda frame: difference(frame, pair.image))
+        if (others := frames.get(pair.clip)) is not None:
+            best = min(others, key=lambda frame: difference(frame, pair.image))
             sheet.paste(Image.fromarray(best).resize((SIDE, SIDE)), (left, SIDE + 8))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda part: sheet.resize((2 * sheet.width, 2 * sheet.height)).save(part, "PNG"))

@@ -1,6 +1,7 @@
 """Images with the masks of their lesions, and how well predicted masks agree with them."""
 
 import hashlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import numpy as np
 import segmentation_models_pytorch as smp
 import torch
 
-from training.evaluation.datasets import Task, load_frames
+from training.evaluation.frames import load_frames
+from training.evaluation.task import Task
 from uscl_hub.clips import UnreadableClip, iter_frames
 from uscl_hub.dataset import read_mask
 from uscl_hub.errors import UserError
@@ -91,6 +93,8 @@ def outline_distance(predicted: np.ndarray, lesions: Lesions) -> np.ndarray:
     if marked.any():
         truth, own = (torch.from_numpy(m[marked][:, None]).float() for m in (lesions.masks, predicted))
         spacing = (lesions.sizes[marked] / predicted.shape[1:]).tolist()
-        found = compute_hausdorff_distance(own, truth, include_background=True, percentile=95, spacing=spacing)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="monai")  # of monai's own calls
+            found = compute_hausdorff_distance(own, truth, include_background=True, percentile=95, spacing=spacing)
         result[marked] = found[:, 0].numpy()
     return result

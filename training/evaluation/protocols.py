@@ -21,9 +21,11 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from training.evaluation.backbones import Backbone
-from training.evaluation.datasets import Frames, Task, TaskError, cached, label_subset
 from training.evaluation.features import compute, features, to_input  # noqa: F401  (their names here before)
 from training.evaluation.fine_tuning import FineTune, Tuning, finetune
+from training.evaluation.folds import label_subset
+from training.evaluation.frames import Frames, cached
+from training.evaluation.task import Task, TaskError
 
 PROTOCOLS = ("knn", "linear", "finetune_last", "finetune_full")
 

@@ -22,10 +22,11 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from training.evaluation.backbones import Backbone
 from training.evaluation.coco import encode
-from training.evaluation.datasets import EvaluationError, cached
 from training.evaluation.features import to_input
+from training.evaluation.frames import cached
 from training.evaluation.lesions import Lesions
 from training.evaluation.protocols import Cell, training_items
+from training.evaluation.task import EvaluationError
 from training.method.fast_convolution import FastWeightGradients
 
 HEADS = ("unet", "maskrcnn")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from training.data.cache import FrameCache
 from training.data.ingest import ingest
-from training.evaluation import datasets
+from training.evaluation import datasets, frames
 from training.evaluation.datasets import TaskError, load_frames, load_task, make_folds
 from uscl_hub.clips import find_clips
 from uscl_hub.clips.read import read_clip
@@ -232,7 +232,7 @@ def test_what_cannot_be_kept_is_one_line(tmp_path, monkeypatch):
     def full(path, write):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(datasets, "write_whole", full)
+    monkeypatch.setattr(frames, "write_whole", full)
     with pytest.raises(datasets.EvaluationError, match="cannot be written .No space left on device.; make room, or"):
         datasets.cached(tmp_path, ["kind", 1], lambda: {"x": np.arange(3)})
 

@@ -13,10 +13,11 @@ from training import evaluate
 from training.data.cache import FrameCache
 from training.data.ingest import ingest
 from training.engine.export import export, fingerprint
-from training.evaluation import protocols
+from training.evaluation import features, fine_tuning, protocols
 from training.evaluation.backbones import LeakError, find_leaks, is_random, load_backbone, refuse_leaks, split_name
 from training.evaluation.datasets import EvaluationError, Frames, TaskError, load_task, make_folds
-from training.evaluation.protocols import FineTune
+from training.evaluation.fine_tuning import FineTune, Tuning
+from training.evaluation.protocols import Cell
 from uscl_hub.checkpoints import CheckpointError
 from uscl_hub.convert import convert
 from uscl_hub.preprocess import create_transform, resize
@@ -177,7 +178,7 @@ def test_features_are_computed_once_and_must_be_finite(backbone, tmp_path, monke
     x = protocols.features(backbone, frames, tmp_path, "cpu")
     with torch.inference_mode():
         assert x == pytest.approx(backbone.model(protocols.to_input(images, backbone)).numpy(), abs=1e-4)
-    monkeypatch.setattr(protocols, "compute", None)
+    monkeypatch.setattr(features, "compute", None)
     assert np.array_equal(x, protocols.features(backbone, frames, tmp_path, "cpu"))
     monkeypatch.undo()
     broken = copy.copy(backbone)
@@ -199,8 +200,8 @@ def test_pool_frames_is_the_mean_of_each_item():
 def test_before_and_after_the_last_block_is_the_whole_model(name):
     found = load_backbone(f"random:{name}", 0, 32)
     images, _ = bright_or_dark(3)
-    entering = protocols.before_last_block(found, images, "cpu")
-    classifier = protocols._Classifier(found.model, 2, last=True).eval()
+    entering = fine_tuning.before_last_block(found, images, "cpu")
+    classifier = fine_tuning._Classifier(found.model, 2, last=True).eval()
     with torch.inference_mode():
         whole = classifier.head(found.model(protocols.to_input(images, found)))
         assert torch.allclose(classifier(entering), whole, atol=1e-4)
@@ -222,11 +223,11 @@ def test_last_three_is_the_paper_s(monkeypatch):
             super().step()
 
     monkeypatch.setattr(torch.optim, "Adam", Spy)
-    forward = protocols._Classifier.forward
-    monkeypatch.setattr(protocols._Classifier, "forward", lambda s, x: (sizes.append(len(x)), forward(s, x))[1])
+    forward = fine_tuning._Classifier.forward
+    monkeypatch.setattr(fine_tuning._Classifier, "forward", lambda s, x: (sizes.append(len(x)), forward(s, x))[1])
     x = torch.rand(256, 512, 1, 1)
     recipe = FineTune(epochs=4, lr=0.01, batch=128)
-    protocols.finetune(backbone, True, x, np.arange(256) % 2, x[:2], 2, recipe, 0, "cpu")
+    fine_tuning.finetune(backbone, Tuning(True, recipe, 2, 0, "cpu"), x, np.arange(256) % 2, x[:2])
     expected = [tuple(p.shape) for p in backbone.model.layer4[1].parameters()] + [(2, 512), (2,)]
     assert made["shapes"] == expected and (made["lr"], made["weight_decay"]) == (0.01, 1e-4)
     cosine = [0.005 * (1 + np.cos(np.pi * epoch / 4)) for epoch in range(4)]
@@ -236,24 +237,25 @@ def test_last_three_is_the_paper_s(monkeypatch):
 @pytest.mark.parametrize("last", [True, False])
 def test_fine_tuning_learns_and_is_reproducible(backbone, last):
     images, labels = bright_or_dark(49)
-    x = protocols.before_last_block(backbone, images, "cpu") if last else images
+    x = fine_tuning.before_last_block(backbone, images, "cpu") if last else images
     before, state = backbone.model.layer4[-1].conv1.weight.clone(), torch.get_rng_state()
-    args = backbone, last, x[:33], labels[:33], x[33:], 2, FineTune(30 if last else 4, 1e-3, 16), 3, "cpu"
-    found = protocols.finetune(*args)
+    tuning = Tuning(last, FineTune(30 if last else 4, 1e-3, 16), 2, 3, "cpu")
+    args = backbone, tuning, x[:33], labels[:33], x[33:]
+    found = fine_tuning.finetune(*args)
     assert (found.argmax(1) == labels[33:]).mean() > 0.9 and found.sum(1) == pytest.approx(np.ones(16))
-    assert np.array_equal(found, protocols.finetune(*args))
+    assert np.array_equal(found, fine_tuning.finetune(*args))
     assert torch.equal(before, backbone.model.layer4[-1].conv1.weight) and torch.equal(state, torch.get_rng_state())
 
 
 def test_a_diverged_fine_tuning_is_said(backbone):
     images, labels = bright_or_dark(8)
     with pytest.raises(EvaluationError, match="diverged .lr 1e[+]30.: lower"):
-        protocols.finetune(backbone, False, images, labels, images, 2, FineTune(2, 1e30, 8), 0, "cpu")
+        fine_tuning.finetune(backbone, Tuning(False, FineTune(2, 1e30, 8), 2, 0, "cpu"), images, labels, images)
 
 
 def test_an_unknown_last_block_is_named():
     with pytest.raises(EvaluationError, match="last block of a MobileNetV3 is not known"):
-        protocols.last_block(timm.create_model("mobilenetv3_small_050", num_classes=0))
+        fine_tuning.last_block(timm.create_model("mobilenetv3_small_050", num_classes=0))
 
 
 # ------------------------------------------------------------------------------------------------- out of fold
@@ -265,7 +267,9 @@ def simulated():
     rng = np.random.default_rng(0)
     groups = np.repeat([f"g{i}" for i in range(40)], rng.integers(1, 3, 40))
     labels = np.array([int(g[1:]) % 2 for g in groups])
-    task = SimpleNamespace(labels=labels, groups=groups, classes=("a", "b"))
+    task = SimpleNamespace(
+        labels=labels, targets=labels, strata=labels, groups=groups, classes=("a", "b"), kind="classification"
+    )
     frames = Frames(None, np.repeat(np.arange(len(groups)), 3), "key")
     x = rng.normal(size=(40, 30))[[int(g[1:]) for g in groups[frames.item]]]
     return task, frames, x, make_folds(labels, groups, ("a", "b"), 5, 0)
@@ -285,8 +289,8 @@ def test_no_model_sees_its_test_groups(simulated, monkeypatch, tmp_path):
     monkeypatch.setattr(protocols, "knn", spy)
     done = []
     for fraction in (1.0, 0.25):
-        args = task, frames, folds, fraction, 0, NOBODY, None, "cpu", tmp_path, lambda: done.append(1)
-        found = protocols.out_of_fold("knn", lambda: x, *args)
+        cell = Cell(task, frames, folds, NOBODY, 0, "cpu", tmp_path)
+        found = protocols.out_of_fold(cell, "knn", lambda: x, fraction, done=lambda: done.append(1))
         assert not np.isnan(found).any()
     assert len(seen) == len(done) == 10 and all(not train & test for train, test, _ in seen)
     for full, few in zip(seen[:5], seen[5:]):
@@ -296,14 +300,14 @@ def test_no_model_sees_its_test_groups(simulated, monkeypatch, tmp_path):
 @pytest.mark.parametrize("protocol", ["knn", "linear"])
 def test_features_that_only_tell_the_patient_are_worth_nothing(simulated, protocol, tmp_path):
     task, frames, x, folds = simulated
-    found = protocols.out_of_fold(protocol, lambda: x, task, frames, folds, 1.0, 0, NOBODY, None, "cpu", tmp_path)
+    found = protocols.out_of_fold(Cell(task, frames, folds, NOBODY, 0, "cpu", tmp_path), protocol, lambda: x, 1.0)
     assert found.sum(1) == pytest.approx(np.ones(len(x)))
     assert abs((found.argmax(1) == task.labels[frames.item]).mean() - 0.5) < 0.25
 
 
 def test_finished_folds_are_not_computed_again(simulated, monkeypatch, tmp_path):
     task, frames, x, folds = simulated
-    args = task, frames, folds, 1.0, 0, NOBODY, None, "cpu", tmp_path
+    cell = Cell(task, frames, folds, NOBODY, 0, "cpu", tmp_path)
     calls, knn = [], protocols.knn
 
     def stopped(*a):
@@ -314,14 +318,14 @@ def test_finished_folds_are_not_computed_again(simulated, monkeypatch, tmp_path)
 
     monkeypatch.setattr(protocols, "knn", stopped)
     with pytest.raises(KeyboardInterrupt):
-        protocols.out_of_fold("knn", lambda: x, *args)
-    first = protocols.out_of_fold("knn", lambda: x, *args)
+        protocols.out_of_fold(cell, "knn", lambda: x, 1.0)
+    first = protocols.out_of_fold(cell, "knn", lambda: x, 1.0)
     assert len(calls) == 6  # three, the one that was cut short, and the last two
-    assert np.array_equal(first, protocols.out_of_fold("knn", None, *args)) and len(calls) == 6
+    assert np.array_equal(first, protocols.out_of_fold(cell, "knn", None, 1.0)) and len(calls) == 6
 
 
 def test_too_few_labels_are_said(simulated, tmp_path):
     task, frames, x, folds = simulated
-    task.labels = np.where(task.groups == "g0", 1, 0)
+    task.targets = task.strata = np.where(task.groups == "g0", 1, 0)
     with pytest.raises(TaskError, match="leave a class without a training item"):
-        protocols.out_of_fold("linear", lambda: x, task, frames, folds, 1.0, 0, NOBODY, None, "cpu", tmp_path)
+        protocols.out_of_fold(Cell(task, frames, folds, NOBODY, 0, "cpu", tmp_path), "linear", lambda: x, 1.0)

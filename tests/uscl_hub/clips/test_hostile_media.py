@@ -24,7 +24,7 @@ from training.data.cache import CacheError
 from training.data.ingest import ingest
 from training.data.simulate import simulate_clip, write_video
 from training.engine import validation as probe
-from training.evaluation import backbones, datasets, protocols
+from training.evaluation import backbones, datasets, frames, protocols
 from uscl_hub.cli import main
 from uscl_hub.clips import Clip, UnreadableClip, find_clips
 from uscl_hub.clips.decode import decode
@@ -321,7 +321,7 @@ def test_one_preprocessing_for_training_evaluation_and_deployment(tmp_path, tiny
     trained = ingest([tmp_path / "data"], tmp_path, size=SIZE, crop=crop, workers=0, progress=False).clip(0)
     (clip,) = find_clips([tmp_path / "data"])
     item = datasets.Item("clip", clip.files[0], "video", "a", "g")
-    evaluated = datasets._decode((item, SIZE, 1e9, crop))[0]  # at this rate, every frame
+    evaluated = frames.decode_item((item, SIZE, 1e9, crop))[0]  # at this rate, every frame
     assert np.array_equal(trained, evaluated) and np.array_equal(trained, read_clip(clip, SIZE, crop=crop).images)
 
     model = uscl_hub.load_meta_uscl_backbone("test_resnet", checkpoint=tiny_export)

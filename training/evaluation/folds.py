@@ -1,0 +1,75 @@
+"""Folds and shares of labels, by whole groups, from one seed."""
+
+import warnings
+from collections import defaultdict
+
+import numpy as np
+from sklearn.model_selection import StratifiedGroupKFold
+
+from training.evaluation.task import Task, TaskError
+
+
+def task_folds(task: Task, folds: int, seed: int) -> np.ndarray:
+    """The test fold of every item, int (items,); -1 for those that an external test only learns from."""
+    if task.external:
+        return np.array([0 if item.id in task.external else -1 for item in task.items])
+    if task.kind in ("classification", "segmentation"):
+        return make_folds(task.labels, task.groups, task.classes, folds, seed, task.title)
+    if (groups := len(set(task.groups))) < folds:
+        raise TaskError(
+            f"{task.title}: {groups} group(s) are too few for {folds} folds; use fewer --folds or more data"
+        )
+    assigned = np.full(len(task.items), -1)
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # few items in a fifth: the folds are merely less alike
+        for fold, (_, test) in enumerate(splitter.split(task.strata, task.strata, task.groups)):
+            assigned[test] = fold
+    return assigned
+
+
+def make_folds(
+    labels: np.ndarray, groups: np.ndarray, classes: tuple[str, ...], folds: int, seed: int, name: str = "task"
+) -> np.ndarray:
+    """The test fold of every item, int (items,): stratified by label, no group in two folds, from one seed.
+
+    labels: int (items,). Raises TaskError, naming the class and its number of groups, if a test fold or what remains
+    for training would lack a class.
+    """
+    assigned = np.full(len(labels), -1)
+    for label, class_name in enumerate(classes):
+        count = len(set(groups[labels == label]))
+        if count < folds:
+            raise TaskError(
+                f"{name}: class {class_name!r} has {count} group(s), too few for {folds} folds that each "
+                "hold every class; use fewer --folds or more data"
+            )
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    for fold, (_, test) in enumerate(splitter.split(np.zeros(len(labels)), labels, groups)):
+        assigned[test] = fold
+    for fold in range(folds):
+        for label, class_name in enumerate(classes):
+            for part, where in ((labels[assigned == fold], "test part"), (labels[assigned != fold], "training part")):
+                if not (part == label).any():
+                    raise TaskError(
+                        f"{name}: the {where} of fold {fold} (seed {seed}) has no {class_name!r}; use "
+                        f"fewer --folds or another seed"
+                    )
+    return assigned
+
+
+def label_subset(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Which training items keep their label, bool (items,): a share of the groups of every class, at least one.
+
+    A group counts to the class of most of its items. A smaller share is a subset of a larger one with the same seed.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"label fraction must be in (0, 1], got {fraction}")
+    by_class = defaultdict(list)
+    for group in sorted(set(groups)):
+        by_class[int(np.bincount(labels[groups == group]).argmax())].append(group)
+    kept = set()
+    for label, members in sorted(by_class.items()):
+        order = np.random.default_rng([seed, label]).permutation(len(members))
+        kept.update(members[i] for i in order[: max(1, round(fraction * len(members)))])
+    return np.isin(groups, sorted(kept))
