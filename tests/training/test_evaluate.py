@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 from helpers import DATA
+from PIL import Image
 
 from training import config as configs
 from training import evaluate
@@ -90,11 +91,13 @@ def test_every_cell_is_there_with_every_metric(result):
     assert cells == expected and len(result["results"]) == len(cells)
     for r in result["results"]:
         classes = result["tasks"][r["task"]]["classes"]
-        wanted = ["accuracy", "balanced accuracy", "macro-F1", "AUROC"]
+        wanted = ["accuracy", "balanced accuracy", "macro-F1", "AUROC", "average precision"]
+        wanted += ["expected calibration error"]
         wanted += [f"{m} {c}" for m in ("precision", "recall", "F1") for c in classes]
-        assert list(r["metrics"]) == (["Dice", "PPV", "sensitivity"] if r["task"] == "busi_seg" else wanted)
-        for e in r["metrics"].values():
-            assert 0 <= e["low"] <= e["value"] + 0.2 and e["value"] - 0.2 <= e["high"] <= 1
+        assert list(r["metrics"]) == (["Dice", "PPV", "sensitivity", "HD95"] if r["task"] == "busi_seg" else wanted)
+        for metric, e in r["metrics"].items():
+            most, slack = (80, 9) if metric == "HD95" else (1, 0.2)  # 80: the diagonal of 64 x 48
+            assert 0 <= e["low"] <= e["value"] + slack and e["value"] - slack <= e["high"] <= most
         if r["task"] != "busi_seg":
             assert np.sum(r["confusion"]) == 2 * r["n"]  # once a seed
     video = next(r for r in result["results"] if r["level"] == "video" and r["task"] == "pocus")
@@ -135,7 +138,7 @@ def test_names_from_elsewhere_are_text(tmp_path):
     known = {"method": HOSTILE, "steps": 1}
     backbone = {"provenance": known, "architecture": HOSTILE, "px": 1, "sha": [], "untrained": False}
     found = {"found": 1, "used": 1, "groups": 1, "by_class": {}, "groups_by_class": {}, "classes": []}
-    task = {**found, "title": "T", "notes": [HOSTILE], "excluded": [[HOSTILE, HOSTILE]]}
+    task = {**found, "title": HOSTILE, "notes": [HOSTILE], "excluded": [[HOSTILE, HOSTILE]]}
     result = {
         **{"created": "now", "command": HOSTILE, "environment": {}, "refused": [], "results": [], "differences": []},
         "config": {"folds": 5, "seeds": [0], "draws": 1},
@@ -148,12 +151,13 @@ def test_names_from_elsewhere_are_text(tmp_path):
     text, page = ((tmp_path / name).read_text(encoding="utf-8") for name in ("report.md", "report.html"))
     without_code = re.sub("`[^`\n]*`", "", re.sub(r"\\`", "", text))
     assert "<script>" not in page and "<script>" not in without_code
-    assert page.count("<table>") == 1 and "href" not in page and "](javascript" not in without_code
+    assert page.count("<table>") == 1 and "href" not in page
+    assert not re.search(r"(?<!\\)\]\(javascript", without_code)  # every bracket is escaped
 
 
 def test_differences_are_between_backbones_of_the_same_kind(result):
     found = [d for d in result["differences"] if d["task"] == "pocus" and d["level"] == "video"]
-    assert len(found) == 4 * 2 * 13 and {(d["backbone"], d["against"]) for d in found} == {
+    assert len(found) == 4 * 2 * 15 and {(d["backbone"], d["against"]) for d in found} == {
         ("ours", "random:test_resnet")
     }
     for d in result["differences"]:
@@ -164,8 +168,9 @@ def test_differences_are_between_backbones_of_the_same_kind(result):
             if r["backbone"] == name and all(r[k] == d[k] for k in ("task", "protocol", "fraction", "level"))
         ]
         assert d["value"] == pytest.approx(values[0] - values[1])
-        verdict = "better" if d["low"] > 0 else "worse" if d["high"] < 0 else "no difference shown"
-        assert d["verdict"] == verdict
+        less_is_better = d["metric"] in ("expected calibration error", "HD95")
+        words = ("worse", "better") if less_is_better else ("better", "worse")
+        assert d["verdict"] == (words[0] if d["low"] > 0 else words[1] if d["high"] < 0 else "no difference shown")
 
 
 def test_the_report_is_one_file_and_says_what_was_left_out(out):
@@ -180,7 +185,7 @@ def test_the_report_is_one_file_and_says_what_was_left_out(out):
         assert said in text
     assert "<strong>Left out:</strong>" in page and page.count("<table>") == text.count("| --- |\n") > 8
     row = re.search(r"\| ours \| linear probe \| 100% \| video \| 19 \|(.*)\|\n", text)[1].split("|")
-    assert len(row) == 4 and all(re.fullmatch(r" \d+\.\d \[\d+\.\d, \d+\.\d\] ", cell) for cell in row)
+    assert len(row) == 6 and all(re.fullmatch(r" \d+\.\d \[\d+\.\d, \d+\.\d\] ", cell) for cell in row)
 
 
 def test_differences_are_shown_from_the_backbones_asked_for(result):
@@ -260,6 +265,9 @@ def test_a_leak_ends_the_run_before_anything_is_computed(config, tmp_path):
         ({"backbones": ("random:test_resnet",) * 2}, "not all different"),
         ({"fractions": (0.0,)}, "fractions in"),
         ({"device": "tpu"}, "device: no 'tpu'"),
+        ({"task": "survival"}, "task: no 'survival'; choose from classification"),
+        ({"frames": "video"}, "frames: no 'video'"),
+        ({"test": "elsewhere"}, "test, task, columns and classes are for own labels"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(config, changes, said):
@@ -276,6 +284,116 @@ def test_the_command_line(config, tmp_path):
     ended = fresh.script("training/evaluate.py", "--config", file, "--data", tmp_path)
     assert ended.returncode == 1 and ended.stderr.splitlines()[-1].startswith("evaluate.py: ")
     assert "no such folder" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def noisy(path, level, seed):
+    """A picture of noise that is brighter by `level`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 120, (40, 48)) + level
+    Image.fromarray(noise.astype(np.uint8)).save(path)
+
+
+def own(folder, header, value, count=24, seed=0):
+    """A labels.csv of pictures whose brightness tells the row: i is dark or bright, values are value(i)."""
+    lines = [f"path,{header}"]
+    for i in range(count):
+        noisy(folder / f"{i}.png", 120 * (i % 2), seed + i)
+        lines.append(f"{i}.png,{value(i)}")
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
+@pytest.fixture
+def on_own(tmp_path):
+    def run(data, **changes):
+        protocols = ("knn", "linear", "finetune_full")
+        base = Config(("random:test_resnet",), (), protocols, folds=2, draws=50, data=data, px=32, device="cpu")
+        base = replace(base, full=FineTune(2, 1e-3, 8), segment=Segment(px=32, epochs=1))
+        changed = replace(base, out=str(tmp_path / "out"), cache=str(tmp_path / "cache"), **changes)
+        out = evaluate.main(changed)
+        return json.loads((out / "results.json").read_text()), (out / "report.md").read_text()
+
+    return run
+
+
+def by_protocol(result, metric):
+    return {row["protocol"]: row["metrics"][metric]["value"] for row in result["results"]}
+
+
+def test_own_classes_tested_on_another_folder(on_own, tmp_path):
+    first = own(tmp_path / "first", "label", lambda i: "ab"[i % 2], 48)
+    second = own(tmp_path / "second", "label", lambda i: "ab"[i % 2], 10, seed=900)
+    result, text = on_own(first, test=second)
+    assert by_protocol(result, "AUROC") == dict.fromkeys(("knn", "linear", "finetune_full"), 1.0)
+    assert {row["n"] for row in result["results"]} == {row["groups"] for row in result["results"]} == {10}
+    assert {sum(map(sum, row["confusion"])) for row in result["results"]} == {10}
+    task = result["tasks"]["own"]
+    assert task["title"] == "first: a / b, tested on second" and task["folds"]["0"].count(-1) == 48
+    assert "trained on all 48 files of first, tested once on 10 of second" in text and str(tmp_path) not in text
+    with np.load(tmp_path / "out" / "arrays.npz") as arrays:
+        assert len(arrays["labels/own"]) == len(arrays["tsne/own/random:test_resnet"]) == 10
+
+
+def test_own_values(on_own, tmp_path):
+    result, text = on_own(own(tmp_path / "mine", "label", lambda i: 10 + 3 * (i % 2) + i / 100, 48))
+    assert min(by_protocol(result, "R2").values()) > 0.1 and by_protocol(result, "R2")["linear"] > 0.9
+    assert min(by_protocol(result, "Spearman").values()) > 0.7
+    assert {row["level"] for row in result["results"]} == {"image"} and "confusion" not in result["results"][0]
+    assert "| R2 | MAE | Spearman |" in text and "label 11.73 on average (10 to 13.47)" in text
+    assert (tmp_path / "out" / "figures" / "own_scatter.png").stat().st_size > 3000
+
+
+def test_several_own_labels(on_own, tmp_path):
+    result, text = on_own(own(tmp_path / "mine", "bright,late", lambda i: f"{i % 2},{int(i >= 24)}", 48))
+    assert min(by_protocol(result, "AUROC bright").values()) == 1
+    metrics = result["results"][0]["metrics"]
+    assert metrics["AUROC"]["value"] == pytest.approx((1 + metrics["AUROC late"]["value"]) / 2)
+    assert "By column:" in text and (tmp_path / "out" / "figures" / "own_roc.png").stat().st_size > 3000
+
+
+def test_own_masks_tested_on_another_folder(on_own, tmp_path):
+    for name, count in (("first", 12), ("second", 4)):
+        for i in range(count):
+            mask = np.zeros((40, 48), np.uint8)
+            mask[5 + i : 25 + i, 8:30] = 255
+            noise = np.random.default_rng(100 * count + i).integers(120, 240, mask.shape)
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(np.where(mask, 10, noise).astype(np.uint8)).save(tmp_path / name / f"{i}.png")
+            Image.fromarray(mask).save(tmp_path / name / f"{i}_mask.png")
+    result, text = on_own(str(tmp_path / "first"), test=str(tmp_path / "second"))
+    (row,) = result["results"]
+    assert (row["protocol"], row["n"], row["groups"]) == ("unet", 4, 4) and "HD95 (px)" in text
+    assert list(row["metrics"]) == ["Dice", "PPV", "sensitivity", "HD95"]
+
+
+def test_look_alikes_of_the_training_are_shown(on_own, tmp_path, capsys):
+    first = own(tmp_path / "first", "label", lambda i: "ab"[i % 2], 48)
+    second = own(tmp_path / "second", "label", lambda i: "ab"[i % 2], 10, seed=900)
+    with Image.open(tmp_path / "first" / "3.png") as image:
+        image.convert("RGB").save(tmp_path / "second" / "3.png")  # other bytes, the same picture
+    result, text = on_own(first, test=second, protocols=("knn",))
+    (alike,) = result["look_alikes"]
+    assert alike["pairs"] == [{"item": "second/3.png", "clip": "first/3.png", "bits": 0}]
+    assert "warning: 1 of the files of first: a / b, tested on second look like" in capsys.readouterr().out
+    assert "**Look-alikes:** 1 of the files" in text and "](figures/look_alikes_0.png)" in text
+    assert (tmp_path / "out" / "figures" / "look_alikes_0.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "changes, tasks",
+    [
+        ({}, evaluate.DEFAULT_TASKS),
+        ({"data": "builtin"}, evaluate.DEFAULT_TASKS),
+        ({"data": "mine"}, ("own",)),
+        ({"data": "mine", "tasks": ("busi",)}, ("busi",)),
+        ({"test": "other"}, ("own",)),
+    ],
+)
+def test_which_tasks_are_meant(tmp_path, monkeypatch, changes, tasks):
+    (tmp_path / "builtin" / "busi").mkdir(parents=True)
+    (tmp_path / "mine" / "benign").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.with_tasks(Config(**changes)).tasks == tasks
 
 
 @pytest.mark.slow

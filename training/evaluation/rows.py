@@ -164,27 +164,33 @@ def differences(found: list[tuple[dict, dict]]) -> list[dict]:
 
 def describe(task: Task, config) -> dict:
     """What results.json says of a task."""
-    labels, groups = task.labels, task.groups
     about = {
         "title": task.title,
         "kind": task.kind,
         "classes": list(task.classes),
         "found": task.found,
         "used": len(task.items),
-        "by_class": {c: int((labels == i).sum()) for i, c in enumerate(task.classes)},
-        "groups": len(set(groups)),
-        "groups_by_class": {c: len(set(groups[labels == i])) for i, c in enumerate(task.classes)},
+        **_by_class(task),
+        "groups": len(set(task.groups)),
         "excluded": task.excluded,
         "notes": task.notes,
-        "items": [[item.id, item.label, item.group, item.sha256] for item in task.items],
+        "items": [[item.id, item.label, item.group, item.sha256, *item.values] for item in task.items],
         "folds": {s: task_folds(task, config.folds, s).tolist() for s in config.seeds},
     }
     if task.kind in ("multilabel", "regression"):
-        targets = task.targets
-        about["by_class"] = about["groups_by_class"] = {}
+        facts = {"mean": np.mean, "min": np.min, "max": np.max}
         about["columns"] = {
-            name: {"mean": float(own.mean()), "std": float(own.std()), "min": float(own.min()), "max": float(own.max())}
-            for name, own in zip(task.classes, targets.T)
+            name: {fact: float(function(own)) for fact, function in facts.items()}
+            for name, own in zip(task.classes, task.targets.T)
         }
-        about["items"] = [[*entry, *item.values] for entry, item in zip(about["items"], task.items)]
     return about
+
+
+def _by_class(task: Task) -> dict:
+    """Files and groups of each class; none where there are no classes."""
+    classes = enumerate(task.classes if task.kind in ("classification", "segmentation") else ())
+    found = {name: np.flatnonzero(task.labels == i) for i, name in classes}
+    return {
+        "by_class": {name: len(index) for name, index in found.items()},
+        "groups_by_class": {name: len(set(task.groups[index])) for name, index in found.items()},
+    }

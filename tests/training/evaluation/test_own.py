@@ -84,7 +84,7 @@ def test_rows_of_the_split_test_are_the_test(tmp_path):
     "header, value, kind, names, targets",
     [
         ("path,label", lambda i: (f"{i / 4}",), "regression", ("label",), [[i / 4] for i in range(6)]),
-        ("path,fluid,gas", lambda i: (i % 2, i // 3), "multilabel", ("fluid", "gas"), [[i % 2, i // 3] for i in range(6)]),
+        ("path,f,gas", lambda i: (i % 2, i // 3), "multilabel", ("f", "gas"), [[i % 2, i // 3] for i in range(6)]),
     ],
 )  # fmt: skip
 def test_values_and_several_labels(tmp_path, header, value, kind, names, targets):
