@@ -274,7 +274,7 @@ def refusal(config):
         (dict(data={"label": "(a)(b)"}), r"data.label '\(a\)\(b\)' has 2 groups"),
         (dict(data={"label": "(x"}), "data.label .* is not a regular expression"),
         (dict(data={"label": "(nothing)"}), "data.label .* finds nothing for 20 of 20 clips"),
-        (dict(data={"group": "", "groups_csv": "/nowhere.csv"}), "No such file or directory: '/nowhere.csv'"),
+        (dict(data={"group": "", "groups_csv": "/nowhere.csv"}), "/nowhere.csv: No such file or directory"),
         (dict(data={"groups_csv": "/nowhere.csv"}), "not both"),
         (dict(data={"meta_fraction": 0.6, "val_fraction": 0.5}), "fraction above 0"),
         (dict(data={"meta_fraction": 0.0}), "data.meta_fraction must be"),
