@@ -133,7 +133,9 @@ def _read_json(path: Path):
         ) from None
     except NotAFile as error:
         raise CheckpointError(str(error)) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check that it is a readable file") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not readable JSON ({one_line(error)}). Export the folder again") from error
 
 
@@ -273,7 +275,7 @@ def save_folder(folder, state_dict: dict, config: dict, card: str) -> Path:
     The config's provenance ('uscl_hub'), if it has one, gets the weights' SHA-256. Raises FileExistsError if the
     folder exists and is not empty.
     """
-    folder = Path(folder)
+    folder = Path(os.path.realpath(folder)) if os.path.islink(folder) else Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists and is not empty. Choose another output folder, or remove it")
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)

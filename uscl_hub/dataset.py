@@ -164,9 +164,9 @@ def _is_still(item: Item) -> bool:
     """Whether a file holds one frame, by its name or, for DICOM, its header."""
     if item.kind != "dicom":
         return item.kind == "image"
-    from pydicom import dcmread
-
     try:
+        from pydicom import dcmread
+
         header = dcmread(item.path, stop_before_pixels=True, specific_tags=["NumberOfFrames"])
         return int(header.get("NumberOfFrames") or 1) <= 1
     except Exception:  # noqa: BLE001 - reading its frames will say what is wrong

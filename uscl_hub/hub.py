@@ -1,13 +1,14 @@
 """The Hugging Face Hub, through huggingface_hub alone, so that its cache, HF_HUB_OFFLINE, HF_ENDPOINT
 and tokens apply."""
 
+import os
 import re
 from pathlib import Path
 
 from uscl_hub.checkpoints import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, check_folder
 from uscl_hub.errors import CheckpointError
 from uscl_hub.files import check_regular
-from uscl_hub.tensors import check_sha256
+from uscl_hub.tensors import check_sha256, one_line
 
 
 def is_repo_id(text: str) -> bool:
@@ -91,14 +92,19 @@ def _check_own(folder: Path, name: str) -> None:
 
 def _check_token(what: str) -> None:
     """Raise CheckpointError if the token cannot be sent: the HTTP library would speak of a codec."""
-    from huggingface_hub import get_token
+    from huggingface_hub import constants, get_token
 
-    odd = [c for c in get_token() or "" if not "!" <= c <= "~"]
-    if odd:
+    again = "Set HF_TOKEN again, or log in again with `hf auth login`"
+    try:
+        if not os.environ.get("HF_TOKEN") and os.path.exists(constants.HF_TOKEN_PATH):
+            check_regular(constants.HF_TOKEN_PATH)
+        token = get_token() or ""
+    except (OSError, ValueError) as error:  # ValueError: it is no UTF-8
         raise CheckpointError(
-            f"{what}: the Hub's token holds the character {odd[0]!a}, which no token has. Set HF_TOKEN again, or log "
-            "in again with `hf auth login`"
-        )
+            f"{what}: the Hub's token in {constants.HF_TOKEN_PATH} cannot be read ({one_line(error)}). {again}"
+        ) from error
+    if odd := [c for c in token if not "!" <= c <= "~"]:
+        raise CheckpointError(f"{what}: the Hub's token holds the character {odd[0]!a}, which no token has. {again}")
 
 
 def _transport_errors() -> tuple:
@@ -130,6 +136,7 @@ def _explain(error) -> str:
         return "the repository has no such file. It is not an export of ours: check the name and revision"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set. Unset it to use the Hub"
-    if isinstance(error, ValueError):
-        return f"cannot be asked for at {constants.ENDPOINT!r} ({error}). Check HF_ENDPOINT and the proxy's settings"
-    return f"the transfer failed ({type(error).__name__}: {str(error).strip() or 'no detail'}). Try again"
+    if isinstance(error, ValueError) or not re.match("https?://[^/]", constants.ENDPOINT):
+        why = one_line(error)
+        return f"cannot be asked for at {constants.ENDPOINT!r} ({why}). Check HF_ENDPOINT and the proxy's settings"
+    return f"the transfer failed ({type(error).__name__}: {one_line(error)}). Try again"

@@ -9,7 +9,7 @@ from uscl_hub import hub, registry
 from uscl_hub.checkpoints import CONFIG_NAME, WEIGHTS_NAME
 from uscl_hub.errors import CheckpointError
 from uscl_hub.files import NotAFile, check_regular
-from uscl_hub.tensors import check_sha256
+from uscl_hub.tensors import check_sha256, shorten
 
 HUB = "hf-hub:"
 
@@ -34,6 +34,8 @@ def find(what, name: str = registry.DEFAULT, revision: str | None = None, cache_
     Raises CheckpointError if there is no such thing, ValueError for a revision of what is not on the Hub.
     """
     text, path = str(what), Path(os.path.expanduser(what))
+    if not os.fspath(what):
+        raise CheckpointError("the checkpoint's name is empty: give a released tag, a path or a Hub id org/name")
     if isinstance(what, str):
         if tag := _release(text, name):
             return Source(release=_local(tag, revision))
@@ -54,8 +56,8 @@ def find(what, name: str = registry.DEFAULT, revision: str | None = None, cache_
         return Source(folder=hub.fetch_folder(text, revision, cache_dir))
     released = ", ".join(registry.releases()) or "none yet"
     raise CheckpointError(
-        f"{text}: neither a released tag ({released}), nor an existing .safetensors file or exported folder, nor a "
-        "Hub id of the form org/name"
+        f"{shorten(text)}: neither a released tag ({released}), nor an existing .safetensors file or exported folder, "
+        "nor a Hub id of the form org/name"
     )
 
 

@@ -338,6 +338,27 @@ def test_files_that_are_no_config(tmp_path, content):
     refused(lambda: load("test_resnet", checkpoint=folder), "config.json", "Export the folder again")
 
 
+def test_a_config_that_cannot_be_read_is_no_matter_of_json(tmp_path):
+    folder, _ = whole(tmp_path)
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("config.json")
+    message = refused(lambda: load("test_resnet", checkpoint=folder), "config.json", "cannot be read")
+    assert "JSON" not in message
+
+
+@pytest.mark.parametrize("checkpoint", ["", "x" * 5000, "a\x00b", "\x1b[2J", "~nobody/x", "/", "\ud800"])
+def test_names_of_nothing(tmp_path, checkpoint):
+    message = refused(lambda: load(checkpoint=checkpoint))
+    assert message.isprintable() and len(message) < 600
+
+
+def test_a_result_by_a_link_to_an_empty_folder(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    export(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and check_folder(tmp_path / "real")
+
+
 # ------------------------------------------------------------------------------------------------ prefixes of names
 
 

@@ -445,6 +445,26 @@ assert main(["push", sys.argv[1], "org/new"]) == 1 and main(["info", "org/good"]
     assert len(lines) == 2 and all("HF_TOKEN" in line for line in lines) and hub.log == []
 
 
+@pytest.mark.parametrize("kind", ["pipe", "folder", "utf-16", "latin-1", "below a file"])
+def test_a_token_file_that_cannot_be_read(hub, tmp_path, kind):
+    home = tmp_path / "home"
+    home.mkdir()
+    if kind == "pipe":
+        os.mkfifo(home / "token")
+    elif kind == "folder":
+        (home / "token").mkdir()
+    elif kind == "below a file":
+        home.rmdir()
+        home.write_text("x")
+    else:
+        (home / "token").write_bytes("hf_\u00e9t".encode(kind))
+    code = ERRORS + 'error("org/good", "token", "HF_TOKEN", checkpoint="org/good")'
+    hub.log.clear()
+    result = client(hub, tmp_path, code, HF_HOME=str(home), HF_TOKEN_PATH=str(home / "token"))
+    assert result.returncode == 0, result.stderr
+    assert hub.log == []
+
+
 @pytest.mark.parametrize("endpoint", ["nonsense", "http://", "ftp://127.0.0.1:9", "http://a b"])
 def test_an_endpoint_that_is_none(hub, tmp_path, endpoint):
     code = ERRORS + 'error("org/good", checkpoint="org/good")'

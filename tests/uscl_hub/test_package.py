@@ -7,16 +7,20 @@ import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
+from pathlib import Path
 
 import fresh
+import numpy as np
 import pytest
 import timm
 import torch
 from helpers import ROOT
+from PIL import Image
 from safetensors.torch import save_file
 
 import uscl_hub
-from uscl_hub import checkpoints, models
+from uscl_hub import checkpoints, deploy, models
 
 NAMES = ["meta_uscl_efficientnet_lite0", "meta_uscl_resnet18", "meta_uscl_resnet34", "meta_uscl_resnet50"]
 NAME = "meta_uscl_resnet18"
@@ -254,6 +258,60 @@ def test_wheel_in_a_fresh_environment(tmp_path):
     shipped = {"registry.json"} | {f"{name}.{end}" for name in models.releases() for end in ("safetensors", "json")}
     assert shipped == {path.name for path in (site / "uscl_hub/weights").iterdir()}
     assert run(tmp_path / "venv/bin/uscl-hub", "--version") == f"uscl-hub {uscl_hub.__version__}"
+
+
+def test_what_the_plain_installation_can_do(tmp_path):
+    """Without the extras: images as a dataset, a file for deployment; what needs an extra says which one."""
+    for i, label in enumerate(("normal", "benign") * 2):
+        (tmp_path / "images" / label).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 255, (40, 50), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / label / f"patient{i}.png")
+    (tmp_path / "clip.mp4").write_bytes(b"x")
+    (tmp_path / "scan.dcm").write_bytes(b"x")
+    (tmp_path / "table.csv").write_text("path,label\nimages/normal/patient0.png,a\nscan.dcm,b\n")
+    code = """
+import sys
+extras = "av pydicom pyarrow onnx onnxscript onnxruntime tyro matplotlib sklearn training".split()
+sys.modules.update(dict.fromkeys(extras))  # importing them fails
+import timm, uscl_hub
+from uscl_hub.cli import main
+model = timm.create_model("meta_uscl_resnet18", pretrained=True).eval()
+images = uscl_hub.UltrasoundDataset("images", uscl_hub.create_transform(model))
+assert len(images) == 4 and model(images[0][0][None]).shape == (1, 512)
+try: uscl_hub.UltrasoundDataset("table.csv", task="classification")[1]
+except Exception as error: assert "uscl-hub[media]" in str(error), error
+else: raise SystemExit("read DICOM without pydicom")
+assert main("export nc -o x.pt2 --format torch-export --frames images".split()) == 0
+assert main(["list"]) == main(["info", "nc"]) == main(["verify", "nc"]) == 0
+wants = {
+    "embed images -o f.parquet": "embed",
+    "search clip.mp4 f.parquet": "embed",
+    "export nc -o x.onnx --format onnx": "export",
+    "export nc -o y.pt2 --format torch-export --frames clip.mp4": "media",
+    "export nc -o y.pt2 --format torch-export --frames scan.dcm": "media",
+}
+for words, extra in wants.items():
+    print(extra, file=sys.stderr)
+    assert main(words.split()) == 1
+"""
+    result = fresh.run(code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, timm=True)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if "Warning" not in line and line[:1] != " "]
+    assert len(lines) == 10
+    for extra, line in zip(lines[::2], lines[1::2]):
+        assert line.startswith("uscl-hub: ") and f"uscl-hub[{extra}]" in line
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+def test_a_file_for_deployment_names_no_folder_of_this_machine(tmp_path, tiny_export, format):
+    out = tmp_path / "model"
+    deploy.export(str(tiny_export), out, format=format, name="test_resnet")
+    content = [out.read_bytes()]
+    if format == "torch-export":
+        with zipfile.ZipFile(out) as archive:
+            content = [archive.read(name) for name in archive.namelist()]
+    folders = [str(ROOT), str(tmp_path), sysconfig.get_path("purelib"), str(Path.home()) + os.sep]
+    assert not [folder for folder in folders for part in content if folder.encode() in part]
 
 
 def test_unknown_attribute():

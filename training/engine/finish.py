@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import timm
@@ -61,7 +63,7 @@ def describe(state, config, clips, checks, manifest):
         "steps": state.step,
         "seed": config.seed,
         "projector_dim": config.model.dim,
-        "config": state.fixed,
+        "config": {key: without_folders(value) for key, value in state.fixed.items()},
         **({"parents": state.parents} if state.parents else {}),
         "sources": [
             {
@@ -77,6 +79,16 @@ def describe(state, config, clips, checks, manifest):
         **contents(clips.cache),
         "metrics": {k: checks[k] for k in ("val_loss", "knn", "effective_rank")},
     }
+
+
+def without_folders(value):
+    """A setting as it may leave the machine: of an absolute path only the last name ('NAME=/a/b' -> 'NAME=b')."""
+    if isinstance(value, (list, tuple)):
+        return [without_folders(one) for one in value]
+    if not isinstance(value, str):
+        return value
+    name, equals, path = value.rpartition("=")
+    return f"{name}{equals}{Path(path).name}" if os.path.isabs(os.path.expanduser(path)) else value
 
 
 def licence_of(source, config):
