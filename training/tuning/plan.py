@@ -1,0 +1,99 @@
+"""What fits into the minutes, decided once and written down: a run that goes on, or is repeated, decides alike."""
+
+import json
+from pathlib import Path
+
+from training.tuning.recipes import EPOCHS
+from uscl_hub.errors import UserError
+from uscl_hub.files import write_whole
+
+SLACK = 0.1  # of the minutes: a training under way may take so much more
+
+
+class Plan:
+    """Decisions of one run, kept in a JSON file.
+
+    Args:
+        path: of the file; what it holds already is followed.
+        key: of data and settings; a file of another key is refused.
+        minutes: for all of the run.
+        follow: another run's file, whose decisions are taken as they are; None to decide by the clock.
+
+    Raises:
+        UserError: the file belongs to another run or cannot be read.
+    """
+
+    def __init__(self, path: Path, key: str, minutes: float, follow: Path | None = None):
+        self.path, self.minutes, self.follows = path, minutes, follow is not None
+        self.key, self.decisions, self.spent = key, {}, {}
+        if follow is not None:
+            self.decisions = self._read(follow)["decisions"]
+        if path.exists():
+            saved = self._read(path)
+            self.decisions, self.spent = saved["decisions"], saved["spent"]
+            if minutes > saved["minutes"]:  # what was left out may fit now
+                self.decisions = {name: d for name, d in self.decisions.items() if d["epochs"]}
+
+    def _read(self, path: Path) -> dict:
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            if saved["key"] != self.key:
+                raise UserError(
+                    f"{path}: belongs to a run with other data or settings; choose another --out, or give the same ones"
+                )
+            return saved
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: is no plan of a run ({type(error).__name__}); name a run's plan.json") from error
+
+    def remaining(self) -> float:
+        """Seconds left, negative when the time is over."""
+        return 60 * self.minutes - sum(self.spent.values())
+
+    def decide(self, name: str, cost: dict[str, dict[int, tuple[float, float]]]) -> dict:
+        """Epochs of a training, and why.
+
+        Args:
+            name: the training.
+            cost: of it (first) and of all that follow: epochs -> seconds of all folds, and of the training on all.
+
+        Returns:
+            {'epochs', 'seconds', 'why'}: epochs 0 if it is left out; seconds: expected, of its folds.
+        """
+        if name in self.decisions:
+            return self.decisions[name]
+        if self.follows:
+            raise UserError(f"plan: says nothing of {name!r}: it is of an unfinished run; finish that one first")
+        left, own = self.remaining(), cost[name]
+        decision = None
+        for epochs in EPOCHS:
+            together = sum(c[epochs][0] for c in cost.values()) + max(c[epochs][1] for c in cost.values())
+            if together <= left:
+                decision = {"epochs": epochs, "seconds": round(own[epochs][0], 1), "why": "all that follow fit as well"}
+                break
+        fewest = min(EPOCHS)
+        if decision is None and sum(own[fewest]) <= left:
+            decision = {"epochs": fewest, "seconds": round(own[fewest][0], 1), "why": "fits; not all that follow will"}
+        if decision is None:
+            why = f"left out: it needs about {sum(own[fewest]) / 60:.1f} min, {max(left, 0) / 60:.1f} min are left"
+            decision = {"epochs": 0, "seconds": 0.0, "why": why}
+        self.decisions[name] = decision
+        self.write()
+        return decision
+
+    def too_slow(self, name: str, used: float, needed: float) -> bool:
+        """Give a training up that has used some seconds and needs more than the minutes have left, and remember it."""
+        left = max(self.remaining() - used, 0)
+        if self.follows or needed <= left + SLACK * 60 * self.minutes:
+            return False
+        why = f"given up: slower than expected, it needs {needed / 60:.1f} min more, {left / 60:.1f} min are left"
+        self.decisions[name] = {"epochs": 0, "seconds": 0.0, "why": why}
+        return True
+
+    def spend(self, name: str, seconds: float) -> None:
+        """Note what was used; a part that was interrupted and goes on adds up."""
+        self.spent[name] = round(self.spent.get(name, 0.0) + seconds, 1)
+        self.write()
+
+    def write(self) -> None:
+        content = {"key": self.key, "minutes": self.minutes, "decisions": self.decisions, "spent": self.spent}
+        write_whole(self.path, lambda path: path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
