@@ -16,9 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 from training import config as configs  # noqa: E402
-from training.engine.figures import read_log  # noqa: E402
 from training.evaluation.report import NAMES  # noqa: E402
-from training.messages import command  # noqa: E402
+from training.messages import command, one_line  # noqa: E402
 from uscl_hub import registry  # noqa: E402
 from uscl_hub.checkpoints import (  # noqa: E402
     WEIGHTS_NAME,
@@ -70,7 +69,8 @@ def main(settings: Release, weights: Path = registry.WEIGHTS) -> str:
         ours = ", ".join(known.timm for known in registry.ARCHITECTURES.values())
         raise CheckpointError(f"{run}: {config['architecture']} is none of {ours}")
     name = f"{architecture}.{settings.tag}"
-    provenance = complete_provenance(run, config["uscl_hub"])
+    provenance = complete_provenance(run, config.get("uscl_hub") or {})
+    metrics = dict(figure for path in settings.results for figure in figures_of(name, Path(path)))
 
     state = load_tensors(run / "export" / WEIGHTS_NAME)
     state = {k: v.to(DTYPES[settings.dtype]) if v.is_floating_point() else v for k, v in state.items()}
@@ -91,7 +91,7 @@ def main(settings: Release, weights: Path = registry.WEIGHTS) -> str:
         "px": config["pretrained_cfg"]["input_size"][-1],
         "licence": settings.licence,
         "data": settings.data,
-        "metrics": dict(figure for path in settings.results for figure in figures_of(name, Path(path))),
+        "metrics": metrics,
         "hub_id": None,
     }
     first = {name: entry} if settings.default else {}
@@ -102,13 +102,15 @@ def main(settings: Release, weights: Path = registry.WEIGHTS) -> str:
 
 def complete_provenance(run: Path, provenance: dict) -> dict:
     """The export's provenance with the manifest, each clip with its licence, and the curves of the training."""
+    if not {"sources", "manifest_sha256"} <= provenance.keys():
+        raise CheckpointError(f"{run / 'export'}: its config.json does not say what it was trained on: not released")
     licences = {source["name"]: source["licence"] for source in provenance["sources"]}
     if unknown := [source for source, licence in licences.items() if licence == "not stated"]:
         raise CheckpointError(f"{run}: no licence is stated for {', '.join(unknown)} (data.licences): not released")
-    text = (run / "manifest.json").read_text(encoding="utf-8")
+    text = _read(run / "manifest.json")
     if hashlib.sha256(text.encode()).hexdigest() != provenance["manifest_sha256"]:
         raise CheckpointError(f"{run / 'manifest.json'}: is not that of the export")
-    log = read_log(run / "log.jsonl")
+    log = [json.loads(line) for line in _read(run / "log.jsonl").splitlines()]
     steps = [row for row in log if "loss" in row]
     return {
         **provenance,
@@ -120,14 +122,31 @@ def complete_provenance(run: Path, provenance: dict) -> dict:
     }
 
 
-def figures_of(name: str, path: Path):
-    """(name, value) of what an evaluation with all labels measured of `name`, by item, not by frame."""
-    result = json.loads(path.read_text(encoding="utf-8"))
-    specs = {backbone: about["spec"] for backbone, about in result["backbones"].items()}
-    for row in result["results"]:
-        if specs[row["backbone"]] == name and row["fraction"] == 1 and row["level"] != "frame":
-            metric = next(m for m in ("macro-F1", "Dice") if m in row["metrics"])
-            yield f"{row['task']} {metric}, {NAMES[row['protocol']]}", round(row["metrics"][metric]["value"], 4)
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({one_line(error)})") from error
+
+
+def figures_of(name: str, path: Path) -> list[tuple[str, float]]:
+    """(name, value) of what an evaluation with all labels measured of `name`, by item, not by frame.
+
+    Raises CheckpointError if the file is no results.json of training/evaluate.py.
+    """
+    found = []
+    try:
+        result = json.loads(_read(path))
+        specs = {backbone: about["spec"] for backbone, about in result["backbones"].items()}
+        for row in result["results"]:
+            if specs[row["backbone"]] == name and row["fraction"] == 1 and row["level"] != "frame":
+                metric = next(m for m in ("macro-F1", "Dice") if m in row["metrics"])
+                title = f"{row['task']} {metric}, {NAMES[row['protocol']]}"
+                found.append((title, round(row["metrics"][metric]["value"], 4)))
+    except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
+        why = f"{type(error).__name__}: {one_line(error)}"
+        raise CheckpointError(f"{path}: is not a results.json of training/evaluate.py ({why})") from error
+    return found
 
 
 if __name__ == "__main__":

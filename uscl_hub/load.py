@@ -38,7 +38,7 @@ def load_meta_uscl_backbone(
     being 512, 2048 or 1280, or (B, num_classes) or the list of maps. `uscl_hub.create_transform(model)` makes its
     input.
     Raises CheckpointError, naming the file, if weights are missing, damaged or do not fit; ValueError for
-    contradictory arguments.
+    impossible or contradictory arguments.
 
     >>> model = load_meta_uscl_backbone("meta_uscl_resnet18")
     >>> model(torch.zeros(2, 3, 64, 64)).shape
@@ -47,6 +47,9 @@ def load_meta_uscl_backbone(
     >>> [tuple(m.shape[1:]) for m in maps(torch.zeros(1, 3, 64, 64))]
     [(64, 32, 32), (64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2)]
     """
+    for argument, value, least in (("num_classes", num_classes, 0), ("in_chans", in_chans, 1)):
+        if not hasattr(value, "__index__") or value < least:
+            raise ValueError(f"{argument} is {value!r}, expected a whole number from {least}")
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         raise ValueError(f"unknown model {name!r}; ours are {', '.join(registry.ARCHITECTURES)}")

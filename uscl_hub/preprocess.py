@@ -5,6 +5,8 @@ filter, and is normalised with one mean and one standard deviation. The backbone
 carry that same grey image.
 """
 
+import math
+import numbers
 from functools import partial
 
 import numpy as np
@@ -149,12 +151,15 @@ def create_transform(model_or_cfg, size: int | None = None, in_chans: int | None
         )
     input_size = cfg.get("input_size")
     if size is None:
-        if input_size is None:
-            raise ValueError("the pretrained_cfg has no input_size: pass size=")
-        size = input_size[-1]
+        size = _side(input_size)
     if in_chans is None:
         in_chans = _channels(model, cfg) or (input_size[0] if input_size else 3)
-    mean, std = (_per_channel(cfg.get(key, default), in_chans, key) for key, default in (("mean", MEAN), ("std", STD)))
+    for argument, value in (("size", size), ("in_chans", in_chans)):
+        if not hasattr(value, "__index__") or value < 1:
+            raise ValueError(f"{argument} is {value!r}, expected a whole number from 1")
+    mean, std = _per_channel(cfg, "mean", MEAN, in_chans), _per_channel(cfg, "std", STD, in_chans)
+    if not np.all(np.asarray(std) > 0):
+        raise ValueError(f"the pretrained_cfg's std is {cfg['std']!r}, expected numbers above 0")
     double = any(p.dtype == torch.float64 for p in model.parameters()) if model is not None else False
     dtype = torch.float64 if double else torch.float32
     return partial(_preprocess, size=size, in_chans=in_chans, mean=mean, std=std, dtype=dtype)
@@ -184,8 +189,22 @@ def _channels(model: torch.nn.Module | None, cfg: dict) -> int | None:
     return next((module.in_channels for module in convolutions.values()), None)
 
 
-def _per_channel(value, in_chans: int, key: str):
-    values = tuple(float(v) for v in (value if isinstance(value, (tuple, list)) else (value,)))
+def _side(input_size) -> int:
+    if input_size is None:
+        raise ValueError("the pretrained_cfg has no input_size: pass size=")
+    if not isinstance(input_size, (tuple, list)) or len(input_size) != 3 or input_size[1] != input_size[2]:
+        raise ValueError(
+            f"the pretrained_cfg's input_size is {input_size!r}, expected (channels, px, px): pass size= for a square"
+        )
+    return input_size[-1]
+
+
+def _per_channel(cfg: dict, key: str, default: float, in_chans: int):
+    value = default if cfg.get(key) is None else cfg[key]
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if not all(isinstance(v, numbers.Real) and math.isfinite(v) for v in values):
+        raise ValueError(f"the pretrained_cfg's {key} is {value!r}, expected a number, or one a channel")
+    values = tuple(map(float, values))
     if len(set(values)) == 1:
         return values[0]
     if len(values) != in_chans:

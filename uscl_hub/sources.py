@@ -33,6 +33,8 @@ def find(what, name: str = registry.DEFAULT, revision: str | None = None, cache_
     'org/name', which 'hf-hub:org/name' says beyond doubt. A Path is never a Hub id. name: of the model, for short tags.
     Raises CheckpointError if there is no such thing, ValueError for a revision of what is not on the Hub.
     """
+    if not isinstance(what, (str, os.PathLike)):
+        raise TypeError(f"checkpoint is {what!r}, expected a released tag, a path or a Hub id org/name")
     text, path = str(what), Path(os.path.expanduser(what))
     if not os.fspath(what):
         raise CheckpointError("the checkpoint's name is empty: give a released tag, a path or a Hub id org/name")

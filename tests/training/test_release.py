@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
@@ -99,6 +100,32 @@ def test_figures_of_an_evaluation(settings, weights, tmp_path):
 def test_mistakes_are_named(settings, weights, changes, message):
     with pytest.raises(CheckpointError, match=message):
         release.main(replace(settings, **changes), weights)
+    assert [path.name for path in weights.iterdir()] == ["registry.json"]
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"[]", b"{}", b"\xff\xfe", b'{"backbones": {}, "results": [{}]}', b'{"backbones": [1]}']
+)
+def test_results_that_are_none_are_named_before_anything_is_written(settings, weights, tmp_path, content):
+    results = tmp_path / "results.json"
+    if content is not None:
+        results.write_bytes(content)
+    with pytest.raises(CheckpointError, match="results.json"):
+        release.main(replace(settings, results=(str(results),)), weights)
+    assert [path.name for path in weights.iterdir()] == ["registry.json"]
+
+
+@pytest.mark.parametrize("harm", ["no provenance", "no manifest", "no log"])
+def test_a_run_that_is_not_whole(settings, trained, weights, harm):
+    run = Path(trained)
+    if harm == "no provenance":
+        config = json.loads((run / "export" / "config.json").read_text())
+        del config["uscl_hub"]
+        (run / "export" / "config.json").write_text(json.dumps(config))
+    else:
+        (run / {"no manifest": "manifest.json", "no log": "log.jsonl"}[harm]).unlink()
+    with pytest.raises(CheckpointError, match=str(run)):
+        release.main(settings, weights)
     assert [path.name for path in weights.iterdir()] == ["registry.json"]
 
 

@@ -352,6 +352,20 @@ def test_names_of_nothing(tmp_path, checkpoint):
     assert message.isprintable() and len(message) < 600
 
 
+@pytest.mark.parametrize("argument", ["num_classes", "in_chans"])
+@pytest.mark.parametrize("value", [-1, "3", 2.0, None, [3]])
+def test_numbers_that_are_none(argument, value):
+    for options in ({"pretrained": False}, {}, {"checkpoint": "nc"}):
+        with pytest.raises(ValueError, match=argument):
+            load(**options, **{argument: value})
+
+
+@pytest.mark.parametrize("checkpoint", [5, b"nc", ["nc"], {}, 0.5])
+def test_checkpoints_that_have_no_name(checkpoint):
+    with pytest.raises(TypeError, match="checkpoint is .*, expected a released tag"):
+        load(checkpoint=checkpoint)
+
+
 def test_a_result_by_a_link_to_an_empty_folder(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from torchvision.transforms import Resize
 
 import uscl_hub
-from uscl_hub.preprocess import normalise, resize, to_grey
+from uscl_hub.preprocess import create_transform, normalise, resize, to_grey
 
 
 def picture(shape, seed=0):
@@ -166,6 +166,32 @@ def pruned(model):
 def test_transform_of_a_model_in_a_wrapper(wrap):
     x = uscl_hub.create_transform(wrap())(picture((50, 60)))
     assert x.shape[0] == 1 and x.dtype == torch.float32
+
+
+SQUARE = {"input_size": (3, 64, 64), "mean": (0.18,) * 3, "std": (0.24,) * 3}
+
+
+@pytest.mark.parametrize(
+    "changes, arguments, named",
+    [
+        *(({"input_size": value}, {}, "input_size") for value in (None, 64, "x", (3, 64), (3, 64, 48))),
+        *(({"mean": value}, {}, "mean") for value in ("x", float("nan"), float("inf"), (0.1, 0.2), (), {})),
+        *(({"std": value}, {}, "std") for value in ("x", float("nan"), 0, 0.0, -0.2, (0.2, 0.0, 0.2), ())),
+        *(({}, {"size": value}, "size") for value in (0, -1, "64", 64.0)),
+        *(({}, {"in_chans": value}, "in_chans") for value in (0, -1, "3", 3.0)),
+    ],
+)
+def test_a_cfg_that_no_transform_can_be_made_of(changes, arguments, named):
+    """At once, and not at the first image: or it would give NaN, or a picture of another shape."""
+    with pytest.raises(ValueError, match=named):
+        create_transform({**SQUARE, **changes}, **arguments)
+
+
+@pytest.mark.parametrize("value", [0.18, (0.18,), [0.18] * 3, np.float32(0.18), (np.float64(0.18),) * 3, None])
+def test_ways_to_write_a_mean(value):
+    x = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    wanted = create_transform(SQUARE)(x)
+    assert torch.allclose(create_transform({**SQUARE, "mean": value})(x), wanted)
 
 
 @pytest.mark.filterwarnings("ignore")
