@@ -279,8 +279,9 @@ def save_folder(folder, state_dict: dict, config: dict, card: str) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists and is not empty. Choose another output folder, or remove it")
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
+    draft = None
     try:
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}.", dir=folder.absolute().parent))
         save_tensors(state_dict, draft / WEIGHTS_NAME)
         if isinstance(config.get("uscl_hub"), dict):
             config = {**config, "uscl_hub": {"sha256": sha256(draft / WEIGHTS_NAME), **config["uscl_hub"]}}
@@ -288,7 +289,11 @@ def save_folder(folder, state_dict: dict, config: dict, card: str) -> Path:
         (draft / CARD_NAME).write_text(card, encoding="utf-8")
         draft.chmod(0o755)  # mkdtemp's 0700 is not what anyone expects of a result
         os.replace(draft, folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(folder)) from error  # the name that the user knows
+    finally:
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
     return folder

@@ -1,5 +1,6 @@
 """A backbone as ONNX or torch.export file, checked against eager PyTorch before it gets its name."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -68,10 +69,11 @@ def _forget_paths(program) -> None:
 
 
 def _torch_export(program, path: Path):
-    with open(path, "wb") as file:
-        torch.export.save(program, file)
-    with open(path, "rb") as file:
-        return torch.export.load(file).module()
+    content = io.BytesIO()  # torch's writer ends the whole program where a disk is full
+    torch.export.save(program, content)
+    path.write_bytes(content.getvalue())
+    content.seek(0)
+    return torch.export.load(content).module()
 
 
 def _onnx(program, path: Path):

@@ -19,6 +19,7 @@ KINDS = {
     stat.S_IFSOCK: "a socket",
     stat.S_IFDIR: "a folder",
 }
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class InUse(OSError):
@@ -89,7 +90,8 @@ def write_whole(path, write) -> None:
                 shutil.copymode(target, part)
         os.replace(part, target)
     except OSError as error:
-        if error.errno is None or part.name not in str(error.filename):
+        full = error.filename is None and error.errno in FULL  # a write does not know the name of its file
+        if error.errno is None or not (full or part.name in str(error.filename)):
             raise
         raise type(error)(error.errno, error.strerror, str(path)) from error  # the name that the user knows
     finally:

@@ -183,7 +183,7 @@ def save_tensors(state_dict: dict[str, torch.Tensor], path) -> None:
     try:
         Path(path).write_bytes(content)  # a file that save_file makes, only its owner may read
     except OSError as error:
-        raise OSError(error.errno, f"{path}: cannot be written ({error.strerror})") from error
+        raise type(error)(error.errno, error.strerror, str(path)) from error  # also where it has no name: a full disk
 
 
 def one_line(error) -> str:

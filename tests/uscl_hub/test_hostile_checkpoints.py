@@ -1,5 +1,6 @@
 """Checkpoints that ask for the impossible: refused by name in one line, at once, before anything is allocated."""
 
+import errno
 import io
 import json
 import os
@@ -364,6 +365,31 @@ def test_numbers_that_are_none(argument, value):
 def test_checkpoints_that_have_no_name(checkpoint):
     with pytest.raises(TypeError, match="checkpoint is .*, expected a released tag"):
         load(checkpoint=checkpoint)
+
+
+@pytest.fixture
+def full_disk():
+    """No file may grow beyond 1 MB, as where a disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_named_by_the_result(tmp_path, full_disk):
+    with pytest.raises(OSError) as error:
+        export(tmp_path / "out", state_of("resnet18"), "resnet18")
+    assert error.value.errno == errno.EFBIG and error.value.filename == str(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["torch-export", "onnx"])
+def test_a_full_disk_does_not_end_the_program(tmp_path, full_disk, capsys, format):
+    """torch's own writers abort, or leave half a file."""
+    assert main(["export", "nc", "-o", str(tmp_path / "model"), "--format", format]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("uscl-hub: ") and str(tmp_path / "model") in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_result_by_a_link_to_an_empty_folder(tmp_path):
