@@ -224,13 +224,15 @@ def test_no_group_is_in_two_folds(folder):
         assert all(len(set(folds[found.groups == g])) == 1 for g in found.groups)
 
 
-def test_the_plan_prefers_all_then_the_cheap_and_remembers(tmp_path):
+def test_the_plan_prefers_all_then_the_cheap_and_remembers(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.tuning.plan.EPOCHS", (24, 12, 6))
     path, slow = tmp_path / "plan.json", {24: (600.0, 100.0), 12: (300.0, 50.0), 6: (150.0, 25.0)}
     quick = {24: (60.0, 10.0), 12: (30.0, 5.0), 6: (15.0, 2.5)}
     plan = Plan(path, "k", 6.5)
     assert plan.decide("a", {"a": quick, "b": slow})["epochs"] == 12  # 30 + 300 + 50 seconds of 390
     plan.spend("a", 250)
     assert plan.decide("b", {"b": slow})["epochs"] == 0  # 175 of 140
+    assert plan.decide("c", {"c": slow}, needed=True)["epochs"] == 6 and not plan.too_slow("c", 400, 400)
     again = Plan(path, "k", 6.5)
     assert again.decide("a", {})["epochs"] == 12 and again.decide("b", {})["epochs"] == 0
     more = Plan(path, "k", 20)
@@ -239,7 +241,8 @@ def test_the_plan_prefers_all_then_the_cheap_and_remembers(tmp_path):
         Plan(path, "other", 6.5)
 
 
-def test_a_training_much_slower_than_expected_is_given_up_and_stays_so(tmp_path):
+def test_a_training_much_slower_than_expected_is_given_up_and_stays_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.tuning.plan.EPOCHS", (24, 12, 6))
     costs = {"a": {24: (60.0, 10.0), 12: (30.0, 5.0), 6: (15.0, 2.5)}}
     plan = Plan(tmp_path / "plan.json", "k", 2)
     assert plan.decide("a", costs)["epochs"] == 24
@@ -249,7 +252,7 @@ def test_a_training_much_slower_than_expected_is_given_up_and_stays_so(tmp_path)
     again = Plan(tmp_path / "plan.json", "k", 2)
     assert again.decide("a", costs)["why"].startswith("given up") and again.remaining() == 80
     again.spend("b", 500)  # a run that is repeated long after its minutes are over keeps what is finished
-    assert not again.too_slow("c", 0.1, 0.2)
+    assert not again.too_slow("a", 0.1, 0.2)
 
 
 def test_a_slow_training_is_given_up_between_folds(folder, tiny_export, tmp_path, monkeypatch):

@@ -49,12 +49,13 @@ class Plan:
         """Seconds left, negative when the time is over."""
         return 60 * self.minutes - sum(self.spent.values())
 
-    def decide(self, name: str, cost: dict[str, dict[int, tuple[float, float]]]) -> dict:
+    def decide(self, name: str, cost: dict[str, dict[int, tuple[float, float]]], needed: bool = False) -> dict:
         """Epochs of a training, and why.
 
         Args:
             name: the training.
             cost: of it (first) and of all that follow: epochs -> seconds of all folds, and of the training on all.
+            needed: there is no result without it: it is never left out, and not given up.
 
         Returns:
             {'epochs', 'seconds', 'why'}: epochs 0 if it is left out; seconds: expected, of its folds.
@@ -73,20 +74,22 @@ class Plan:
         fewest = min(EPOCHS)
         if decision is None and sum(own[fewest]) <= left:
             decision = {"epochs": fewest, "seconds": round(own[fewest][0], 1), "why": "fits; not all that follow will"}
+        if decision is None and needed:
+            decision = {"epochs": fewest, "seconds": round(own[fewest][0], 1), "why": "the least that gives a result"}
         if decision is None:
             why = f"left out: it needs about {sum(own[fewest]) / 60:.1f} min, {max(left, 0) / 60:.1f} min are left"
             decision = {"epochs": 0, "seconds": 0.0, "why": why}
-        self.decisions[name] = decision
+        self.decisions[name] = decision | {"needed": needed}
         self.write()
         return decision
 
     def too_slow(self, name: str, used: float, needed: float) -> bool:
         """Give a training up that has used some seconds and needs more than the minutes have left, and remember it."""
         left = max(self.remaining() - used, 0)
-        if self.follows or needed <= left + SLACK * 60 * self.minutes:
+        if self.follows or self.decisions[name]["needed"] or needed <= left + SLACK * 60 * self.minutes:
             return False
         why = f"given up: slower than expected, it needs {needed / 60:.1f} min more, {left / 60:.1f} min are left"
-        self.decisions[name] = {"epochs": 0, "seconds": 0.0, "why": why}
+        self.decisions[name] |= {"epochs": 0, "seconds": 0.0, "why": why}
         return True
 
     def spend(self, name: str, seconds: float) -> None:

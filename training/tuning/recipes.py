@@ -9,7 +9,7 @@ WEIGHT_DECAY = 0.05
 WARM_UP = 0.1  # share of the steps
 BATCH = 32
 CHECKS = 8  # times, at most, that the held-out fold is looked at in a training: where it may stop
-EPOCHS = (24, 12, 6)  # the longest that the minutes allow
+EPOCHS = (24, 12, 6, 3)  # the longest that the minutes allow
 SHRINKAGE = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of the logistic regression, 1 / alpha of the ridge
 
 

@@ -124,10 +124,14 @@ def _mistakes(found: Found):
         ]
     else:
         titles = [f"true {targets[i, 0]:.3g}\nsaid {found.items[i, 0]:.3g}" for i in order]
+        return "The largest errors, out of fold", _sheet(found, order, titles)
     if not len(order):
         return "The most confident mistakes", "None: every file is right out of fold."
-    images = [setting.pixels.images[_middle(found, i)] for i in order]
-    return "The most confident mistakes, out of fold", figures.sheet(images, titles)
+    return "The most confident mistakes, out of fold", _sheet(found, order, titles)
+
+
+def _sheet(found: Found, order, titles: list[str]):
+    return figures.sheet([found.chosen.setting.pixels.images[_middle(found, i)] for i in order], titles)
 
 
 def _cams(found: Found):

@@ -129,8 +129,9 @@ def run(config: Config) -> dict:
 
 
 def about(found: Labels) -> str:
-    kinds = {kind: sum(item.kind == kind for item in found.items) for kind in ("image", "video", "dicom", "frames")}
-    files = ", ".join(f"{n} {kind}" for kind, n in kinds.items() if n)
+    names = {"image": "images", "video": "videos", "dicom": "DICOM files", "frames": "folders of frames"}
+    kinds = {kind: sum(item.kind == kind for item in found.items) for kind in names}
+    files = ", ".join(f"{n} {names[kind]}" for kind, n in kinds.items() if n)
     return f"{found.task} of {', '.join(found.classes)}: {files}; {len(set(found.groups))} groups"
 
 
@@ -202,8 +203,6 @@ def leaked(backbone: Backbone, found: Labels) -> str:
 
 
 def _judge(config: Config, tried: list[Tried], folds: np.ndarray, plan: Plan) -> tuple[dict, Tried, np.ndarray]:
-    if not tried:
-        raise UserError(f"minutes: nothing fits into {config.minutes:g} minutes; give more")
     chosen = search.choose(tried)
     setting, described = chosen.setting, chosen.setting.problem
     targets, groups = setting.found.targets, setting.found.groups

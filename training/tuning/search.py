@@ -82,7 +82,7 @@ def try_all(settings: list[Setting], folds: np.ndarray, plan: Plan, cache: Path,
                 waiting[_name(setting, recipe)] = setting, recipe
     cost = {name: None if name in plan.decisions else _cost(*pair, folds) for name, pair in waiting.items()}
     for name, (setting, recipe) in waiting.items():
-        decision = plan.decide(name, {n: cost[n] for n in _from(name, waiting) if cost[n]})
+        decision = plan.decide(name, {n: cost[n] for n in _from(name, waiting) if cost[n]}, not tried)
         if decision["epochs"]:
             say(f"{name}: {decision['epochs']} epochs, about {decision['seconds'] / 60:.1f} min")
             found = _try(setting, replace(recipe, epochs=decision["epochs"]), folds, plan, cache)
