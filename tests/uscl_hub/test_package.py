@@ -241,6 +241,7 @@ def test_wheel_in_a_fresh_environment(tmp_path):
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     run(*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", tmp_path, source)
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 95e6
     assert wheel.name == f"uscl_hub-{uscl_hub.__version__}-py3-none-any.whl"
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv/bin/python"
