@@ -38,7 +38,7 @@ def export(what: str, output, *, format: str, name: str = "meta_uscl_resnet18", 
     def write(path):
         nonlocal difference
         program = torch.export.export(model, (batch[:2],), dynamic_shapes=dynamic)  # of 1 it would be a constant
-        _forget_paths(program)
+        forget_paths(program)
         run, scale = {"onnx": _onnx, "torch-export": _torch_export}[format](program, path), 1e-12
         for n in (len(batch), 1):
             want = model(batch[:n])
@@ -61,7 +61,7 @@ def export(what: str, output, *, format: str, name: str = "meta_uscl_resnet18", 
     }
 
 
-def _forget_paths(program) -> None:
+def forget_paths(program) -> None:
     """Drop what both formats would say of every operation: where its code is, with the folders of this machine."""
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():

@@ -16,7 +16,7 @@ from PIL import Image
 
 from training import finetune
 from training.evaluation.backbones import load_backbone
-from training.tuning import labels, network, problem, run, scores, search
+from training.tuning import export, labels, network, problem, run, scores, search
 from training.tuning.plan import Plan
 from training.tuning.recipes import Recipe, freeze
 from uscl_hub import create_transform
@@ -138,8 +138,22 @@ def test_the_export_predicts_from_files_as_the_run_did(classified, folder):
     assert scores.roc_auc_score(found.targets, p[:, 1]) == pytest.approx(result["test"]["scores"]["AUROC"]["value"])
     import onnxruntime
 
+    assert (
+        str(ROOT).encode() not in (export / "model.onnx").read_bytes()
+    )  # nor site-packages: no folder of this machine
+    assert b"site-packages" not in (export / "model.onnx").read_bytes()
     session = onnxruntime.InferenceSession(str(export / "model.onnx"), providers=["CPUExecutionProvider"])
     np.testing.assert_allclose(session.run(None, {"image": x.numpy()})[0], logits, atol=1e-4)
+
+
+def test_names_of_labels_and_sources_are_no_markup():
+    evil = "<script>x</script>\n\n| a | b |"
+    parent = {"name": evil, "licence": evil, "sources": [{"name": evil, "licence": evil}], "parents": []}
+    about = {"task": "classification", "items": 1, "groups": [], "recipe": "frozen", "imbalance": evil, "scores": {}}
+    about |= {"honesty": "", "parents": [parent], "data_sha256": "", "sha256": "", "temperature": 1.0}
+    config = {"architecture": "resnet18", "num_classes": 1, "label_names": [evil], "uscl_hub": about}
+    card = export.card({**config, "pretrained_cfg": {"input_size": [3, 64, 64]}})
+    assert "<script>" not in card and "\n| a |" not in card
 
 
 def test_repeated_by_the_same_plan_it_gives_the_same_bits(classified, tmp_path, short):

@@ -8,8 +8,10 @@ import torch
 
 from training.engine.export import code_version, fingerprint
 from training.evaluation.backbones import Backbone
+from training.messages import markdown
 from training.tuning.network import Setting, plain
 from uscl_hub.checkpoints import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, save_tensors
+from uscl_hub.deploy import forget_paths
 from uscl_hub.errors import UserError
 from uscl_hub.files import sha256, write_whole
 from uscl_hub.unet import UNet
@@ -155,6 +157,7 @@ def write_onnx(folder: Path, model: torch.nn.Module, px: int) -> float:
         nonlocal difference
         dynamic = {"x": {0: torch.export.Dim("batch", min=1, max=65536)}}
         program = torch.export.export(model, (x[:2],), dynamic_shapes=dynamic)
+        forget_paths(program)
         torch.onnx.export(
             program, (), str(path), dynamo=True, external_data=False, input_names=["image"], output_names=["logits"],
             verbose=False,
@@ -192,7 +195,7 @@ tags:
 - ultrasound
 - medical
 ---
-# {p["task"].capitalize()} of ultrasound images: {", ".join(config["label_names"])}
+# {p["task"].capitalize()} of ultrasound images: {", ".join(map(markdown, config["label_names"]))}
 
 A {config["architecture"]} for grey images of {cfg["input_size"][1]} x {cfg["input_size"][2]} pixels, fine-tuned on
 {p["items"]} files of {len(p["groups"])} groups by the recipe "{p["recipe"]}". Not a medical device: nothing here has
@@ -200,7 +203,7 @@ seen a clinical validation.
 
 {loading}
 
-{p["imbalance"]}
+{markdown(p["imbalance"])}
 
 {_outputs(p)}
 
@@ -210,7 +213,7 @@ seen a clinical validation.
 
 {p["honesty"]}
 
-Made from (licences: {", ".join(licences(p["parents"])) or "none stated"}; those of your own images come on top, and
+Made from (licences: {", ".join(map(markdown, licences(p["parents"]))) or "none stated"}; those of your own images come on top, and
 whoever publishes these weights answers for them):
 
 {chain}
@@ -238,9 +241,8 @@ def _outputs(p: dict) -> str:
 def _chain(parents: list[dict], depth: int = 0) -> list[str]:
     lines = []
     for p in parents:
-        data = "; ".join(f"{s['name']} ({s['licence']})" for s in p.get("sources", ()))
-        lines.append(
-            f"{'  ' * depth}- {p['name']}: {p['licence'] or 'licence not stated'}" + (f"; data: {data}" if data else "")
-        )
+        data = "; ".join(f"{markdown(s['name'])} ({markdown(s['licence'])})" for s in p.get("sources", ()))
+        licence = markdown(p["licence"] or "licence not stated")
+        lines.append(f"{'  ' * depth}- {markdown(p['name'])}: {licence}" + (f"; data: {data}" if data else ""))
         lines += _chain(p.get("parents", []), depth + 1)
     return lines
