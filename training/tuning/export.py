@@ -213,8 +213,8 @@ seen a clinical validation.
 
 {p["honesty"]}
 
-Made from (licences: {", ".join(map(markdown, licences(p["parents"]))) or "none stated"}; those of your own images come on top, and
-whoever publishes these weights answers for them):
+Made from (licences: {", ".join(map(markdown, licences(p["parents"]))) or "none stated"}; those of your own images come
+on top, and whoever publishes these weights answers for them):
 
 {chain}
 
