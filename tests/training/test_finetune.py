@@ -244,7 +244,7 @@ def test_the_plan_prefers_all_then_the_cheap_and_remembers(tmp_path, monkeypatch
     assert plan.decide("a", {"a": quick, "b": slow})["epochs"] == 12  # 30 + 300 + 50 seconds of 390
     plan.spend("a", 250)
     assert plan.decide("b", {"b": slow})["epochs"] == 0  # 175 of 140
-    assert plan.decide("c", {"c": slow}, needed=True)["epochs"] == 6 and not plan.too_slow("c", 400, 400)
+    assert plan.decide("c", {"c": slow}, needed=True)["epochs"] == 6 and not plan.too_slow("c", 400, 400, 900)
     again = Plan(path, "k", 6.5)
     assert again.decide("a", {})["epochs"] == 12 and again.decide("b", {})["epochs"] == 0
     more = Plan(path, "k", 20)
@@ -253,27 +253,30 @@ def test_the_plan_prefers_all_then_the_cheap_and_remembers(tmp_path, monkeypatch
         Plan(path, "other", 6.5)
 
 
-def test_a_training_much_slower_than_expected_is_given_up_and_stays_so(tmp_path, monkeypatch):
+def test_a_training_much_slower_than_expected_is_shortened_then_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr("training.tuning.plan.EPOCHS", (24, 12, 6))
     costs = {"a": {24: (60.0, 10.0), 12: (30.0, 5.0), 6: (15.0, 2.5)}}
     plan = Plan(tmp_path / "plan.json", "k", 2)
     assert plan.decide("a", costs)["epochs"] == 24
-    assert not plan.too_slow("a", 40, 85)  # 80 s are left, and 12 s may be overdrawn
-    assert plan.too_slow("a", 40, 100)
-    plan.spend("a", 40)
+    assert not plan.too_slow("a", 40, 85, 180)  # 80 s are left, and 12 s may be overdrawn
+    assert plan.too_slow("a", 20, 120, 180) and plan.decisions["a"]["epochs"] == 12  # 90 of 100 seconds
+    plan.spend("a", 20)
+    assert plan.too_slow("a", 20, 100, 330)
+    plan.spend("a", 20)
     again = Plan(tmp_path / "plan.json", "k", 2)
     assert again.decide("a", costs)["why"].startswith("given up") and again.remaining() == 80
     again.spend("b", 500)  # a run that is repeated long after its minutes are over keeps what is finished
-    assert not again.too_slow("a", 0.1, 0.2)
+    assert not again.too_slow("a", 0.1, 0.2, 0.3)
 
 
 def test_a_slow_training_is_given_up_between_folds(folder, tiny_export, tmp_path, monkeypatch):
     setting, folds = setting_of(folder / "classes", tiny_export, tmp_path), np.arange(24) % 3
     done, original = [], search._fold
     monkeypatch.setattr(search, "_fold", lambda *a: done.append(a[3]) or original(*a))
-    monkeypatch.setattr(Plan, "too_slow", lambda self, name, used, needed: needed > used)
+    monkeypatch.setattr(Plan, "too_slow", lambda self, name, used, needed, anew: anew > needed > used)
     plan, cache = Plan(tmp_path / "plan.json", "k", 1), tmp_path / "cache"
     assert search._try(setting, Recipe("x", "last", 1e-3, 1), folds, plan, cache) is None and done == [0]
+    assert len(list(cache.glob("tuned-*"))) == 1
     assert search._try(setting, Recipe("frozen features", "frozen"), folds, plan, cache).items.shape == (5, 24, 2)
 
 

@@ -83,13 +83,23 @@ class Plan:
         self.write()
         return decision
 
-    def too_slow(self, name: str, used: float, needed: float) -> bool:
-        """Give a training up that has used some seconds and needs more than the minutes have left, and remember it."""
-        left = max(self.remaining() - used, 0)
-        if self.follows or self.decisions[name]["needed"] or needed <= left + SLACK * 60 * self.minutes:
+    def too_slow(self, name: str, used: float, needed: float, anew: float) -> bool:
+        """Whether a training under way needs more than is left; then it is decided anew: fewer epochs, or none.
+
+        Args:
+            used: seconds so far.
+            needed: to its end, and for the training on all.
+            anew: for all of it from the beginning.
+        """
+        left, own = max(self.remaining() - used, 0), self.decisions[name]
+        if self.follows or own["needed"] or needed <= left + SLACK * 60 * self.minutes:
             return False
-        why = f"given up: slower than expected, it needs {needed / 60:.1f} min more, {left / 60:.1f} min are left"
-        self.decisions[name] |= {"epochs": 0, "seconds": 0.0, "why": why}
+        fewer = [e for e in EPOCHS if e < own["epochs"] and anew * e / own["epochs"] <= left]
+        seconds = anew * fewer[0] / own["epochs"] if fewer else 0.0
+        why = "slower than expected, begun again with fewer epochs"
+        if not fewer:
+            why = f"given up: slower than expected, it needs {needed / 60:.1f} min more, {left / 60:.1f} min are left"
+        own |= {"epochs": fewer[0] if fewer else 0, "seconds": round(seconds, 1), "why": why}
         return True
 
     def spend(self, name: str, seconds: float) -> None:

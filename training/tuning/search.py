@@ -82,15 +82,14 @@ def try_all(settings: list[Setting], folds: np.ndarray, plan: Plan, cache: Path,
                 waiting[_name(setting, recipe)] = setting, recipe
     cost = {name: None if name in plan.decisions else _cost(*pair, folds) for name, pair in waiting.items()}
     for name, (setting, recipe) in waiting.items():
-        decision = plan.decide(name, {n: cost[n] for n in _from(name, waiting) if cost[n]}, not tried)
-        if decision["epochs"]:
-            say(f"{name}: {decision['epochs']} epochs, about {decision['seconds'] / 60:.1f} min")
+        decision, found = plan.decide(name, {n: cost[n] for n in _from(name, waiting) if cost[n]}, not tried), None
+        while decision["epochs"] and found is None:
+            say(f"{name}: {decision['epochs']} epochs, about {decision['seconds'] / 60:.1f} min ({decision['why']})")
             found = _try(setting, replace(recipe, epochs=decision["epochs"]), folds, plan, cache)
-            if found is not None:
-                tried.append(found)
-            say(summary(found) if found else f"{name}: {plan.decisions[name]['why']}")
-        else:
-            say(f"{name}: {decision['why']}")
+            decision = plan.decisions[name]
+        if found is not None:
+            tried.append(found)
+        say(summary(found) if found else f"{name}: {decision['why']}")
     return tried
 
 
@@ -121,7 +120,7 @@ def _value(tried: Tried, stop: int, among: np.ndarray | slice = slice(None)) -> 
 
 
 def _try(setting: Setting, recipe: Recipe, folds: np.ndarray, plan: Plan, cache: Path) -> Tried | None:
-    """All folds of one recipe; None if it is much slower than was expected, so that the time would be over."""
+    """All folds of one recipe; None if it is so slow that the plan has decided anew."""
     started, name = time.monotonic(), _name(setting, recipe)
     parts, each, count = [], max(1, recipe.epochs), folds.max() + 1
     left = f"{name}; of the run's {plan.minutes:g} min {max(plan.remaining(), 0) / 60:.1f} are left"
@@ -131,9 +130,9 @@ def _try(setting: Setting, recipe: Recipe, folds: np.ndarray, plan: Plan, cache:
                 parts.append(_fold(setting, recipe, folds, fold, (cache, bar)))
                 bar.n = (fold + 1) * each
                 bar.refresh()
-                used, rest = time.monotonic() - started, count - fold - 1
-                again = rest + count / (count - 1)  # folds' time: the other folds, and the training on everything
-                if recipe.epochs and rest and plan.too_slow(name, used, used / (fold + 1) * again):
+                used, rest, last = time.monotonic() - started, count - fold - 1, count / (count - 1)
+                one = used / (fold + 1)  # a fold's seconds; the training on everything takes `last` times as long
+                if recipe.epochs and rest and plan.too_slow(name, used, one * (rest + last), one * (count + last)):
                     return None
     finally:
         plan.spend(name, time.monotonic() - started)
