@@ -177,7 +177,9 @@ def write_onnx(folder: Path, model: torch.nn.Module, px: int) -> float:
 def card(config: dict) -> str:
     """The export's README.md, from its config.json."""
     p, cfg = config["uscl_hub"], config["pretrained_cfg"]
-    rows = "\n".join(f"| {k} | {v['value']:.3f} | {v['low']:.3f} to {v['high']:.3f} |" for k, v in p["scores"].items())
+    rows = "\n".join(
+        f"| {markdown(k)} | {v['value']:.3f} | {v['low']:.3f} to {v['high']:.3f} |" for k, v in p["scores"].items()
+    )
     chain = "\n".join(_chain(p["parents"]))
     loading = f"""```python
 import timm
