@@ -241,16 +241,28 @@ def test_the_plan_prefers_all_then_the_cheap_and_remembers(tmp_path, monkeypatch
     path, slow = tmp_path / "plan.json", {24: (600.0, 100.0), 12: (300.0, 50.0), 6: (150.0, 25.0)}
     quick = {24: (60.0, 10.0), 12: (30.0, 5.0), 6: (15.0, 2.5)}
     plan = Plan(path, "k", 6.5)
-    assert plan.decide("a", {"a": quick, "b": slow})["epochs"] == 12  # 30 + 300 + 50 seconds of 390
+    assert plan.decide("a", {"a": quick, "b": slow})["epochs"] == 24  # 60 + 150 + 25 seconds of 390
     plan.spend("a", 250)
     assert plan.decide("b", {"b": slow})["epochs"] == 0  # 175 of 140
     assert plan.decide("c", {"c": slow}, needed=True)["epochs"] == 6 and not plan.too_slow("c", 400, 400, 900)
     again = Plan(path, "k", 6.5)
-    assert again.decide("a", {})["epochs"] == 12 and again.decide("b", {})["epochs"] == 0
+    assert again.decide("a", {})["epochs"] == 24 and again.decide("b", {})["epochs"] == 0
     more = Plan(path, "k", 20)
-    assert more.decide("a", {})["epochs"] == 12 and more.decide("b", {"b": slow})["epochs"] == 24
+    assert more.decide("a", {})["epochs"] == 24 and more.decide("b", {"b": slow})["epochs"] == 24
     with pytest.raises(UserError, match="belongs to a run"):
         Plan(path, "other", 6.5)
+
+
+def test_a_long_training_is_preferred_to_all_of_them_short(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.tuning.plan.EPOCHS", (24, 12, 6))
+    costs = {"a": {24: (120.0, 40.0), 12: (60.0, 20.0), 6: (30.0, 10.0)}}
+    plan = Plan(tmp_path / "plan.json", "k", 3)  # 180 seconds
+    first = plan.decide("a", costs | {"b": costs["a"]})
+    assert (first["epochs"], first["why"]) == (12, "what follows fits as well")  # 24: 120 + 30 + 40
+    short = Plan(tmp_path / "short.json", "k", 1.5)  # 90 seconds: 12 and nothing else, or 6 of both
+    assert short.decide("a", costs | {"b": costs["a"]})["epochs"] == 12
+    short.spend("a", 40)
+    assert short.decide("b", {"b": costs["a"]})["epochs"] == 6  # 50 left: 30 and the 20 of a's last training
 
 
 def test_a_training_much_slower_than_expected_is_shortened_then_given_up(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from training.tuning.recipes import EPOCHS
 from uscl_hub.errors import UserError
 from uscl_hub.files import write_whole
 
+ENOUGH = 12  # epochs: rather one training that is long enough than all of them short
 SLACK = 0.1  # of the minutes: a training under way may take so much more
 
 
@@ -58,30 +59,39 @@ class Plan:
             needed: there is no result without it: it is never left out, and not given up.
 
         Returns:
-            {'epochs', 'seconds', 'why'}: epochs 0 if it is left out; seconds: expected, of its folds.
+            {'epochs', 'seconds', ...}: epochs: the most, from ENOUGH on, that leave the fewest to all that follow, else
+            the most that fit; 0 if it is left out. seconds: expected, of its folds.
         """
         if name in self.decisions:
             return self.decisions[name]
         if self.follows:
             raise UserError(f"plan: says nothing of {name!r}: it is of an unfinished run; finish that one first")
         left, own = self.remaining(), cost[name]
-        decision = None
+        decision, fewest = None, min(EPOCHS)
+        others = [c[fewest] for n, c in cost.items() if n != name]
+        rest = sum(folds for folds, _ in others)
+        last = max([d["last"] for d in self.decisions.values()], default=0.0)  # whichever is chosen in the end
         for epochs in EPOCHS:
-            together = sum(c[epochs][0] for c in cost.values()) + max(c[epochs][1] for c in cost.values())
-            if together <= left:
-                decision = {"epochs": epochs, "seconds": round(own[epochs][0], 1), "why": "all that follow fit as well"}
+            folds, everything = own[epochs]
+            if epochs >= ENOUGH and folds + rest + max([everything, last, *(e for _, e in others)]) <= left:
+                decision = self._decision(epochs, own, "what follows fits as well")
                 break
-        fewest = min(EPOCHS)
-        if decision is None and sum(own[fewest]) <= left:
-            decision = {"epochs": fewest, "seconds": round(own[fewest][0], 1), "why": "fits; not all that follow will"}
+            if decision is None and folds + max(everything, last) <= left:
+                decision = self._decision(epochs, own, "not all that follow will fit")
         if decision is None and needed:
-            decision = {"epochs": fewest, "seconds": round(own[fewest][0], 1), "why": "the least that gives a result"}
+            decision = self._decision(fewest, own, "the least that gives a result")
         if decision is None:
             why = f"left out: it needs about {sum(own[fewest]) / 60:.1f} min, {max(left, 0) / 60:.1f} min are left"
-            decision = {"epochs": 0, "seconds": 0.0, "why": why}
+            decision = self._decision(0, {0: (0.0, 0.0)}, why)
         self.decisions[name] = decision | {"needed": needed}
         self.write()
         return decision
+
+    @staticmethod
+    def _decision(epochs: int, cost: dict[int, tuple[float, float]], why: str) -> dict:
+        """seconds: of the folds; last: of the training on everything."""
+        folds, everything = cost[epochs]
+        return {"epochs": epochs, "seconds": round(folds, 1), "last": round(everything, 1), "why": why}
 
     def too_slow(self, name: str, used: float, needed: float, anew: float) -> bool:
         """Whether a training under way needs more than is left; then it is decided anew: fewer epochs, or none.
@@ -95,11 +105,12 @@ class Plan:
         if self.follows or own["needed"] or needed <= left + SLACK * 60 * self.minutes:
             return False
         fewer = [e for e in EPOCHS if e < own["epochs"] and anew * e / own["epochs"] <= left]
-        seconds = anew * fewer[0] / own["epochs"] if fewer else 0.0
+        share = fewer[0] / own["epochs"] if fewer else 0.0
         why = "slower than expected, begun again with fewer epochs"
         if not fewer:
             why = f"given up: slower than expected, it needs {needed / 60:.1f} min more, {left / 60:.1f} min are left"
-        own |= {"epochs": fewer[0] if fewer else 0, "seconds": round(seconds, 1), "why": why}
+        own |= {"epochs": fewer[0] if fewer else 0, "seconds": round(anew * share, 1), "why": why}
+        own["last"] = round(own["last"] * share, 1)
         return True
 
     def spend(self, name: str, seconds: float) -> None:

@@ -1,4 +1,5 @@
-"""What is tried, cheap first: frozen features, the last stages, the whole network at two learning rates."""
+"""What is tried: frozen features, because they cost next to nothing, then by promise the whole network at two learning
+rates and the last stages."""
 
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ class Recipe:
 
 
 def recipes(task: str) -> tuple[Recipe, ...]:
-    """In the order of their cost. epochs are decided by the plan."""
+    """In the order in which they are tried. epochs are decided by the plan."""
     frozen = (
         Recipe("frozen backbone, decoder", "frozen", 2e-3, 1)
         if task == "segmentation"
@@ -34,9 +35,9 @@ def recipes(task: str) -> tuple[Recipe, ...]:
     )
     return (
         frozen,
-        Recipe("last stages", "last", 1e-3, 1),
-        Recipe("whole network, lr 3e-4", "whole", 3e-4, 1),
         Recipe("whole network, lr 1e-3", "whole", 1e-3, 1, 0.95),
+        Recipe("whole network, lr 3e-4", "whole", 3e-4, 1),
+        Recipe("last stages", "last", 1e-3, 1),
     )
 
 
