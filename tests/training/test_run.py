@@ -126,7 +126,8 @@ def test_end_to_end_on_real_files(scans, tiny, tmp_path, capsys):
     assert licences == {"siteA": "CC BY 4.0", "source 2": "not stated"}  # no folder is named without its licence
     assert provenance["steps"] == 7 and provenance["config"]["optim.steps"] == 7
     assert provenance["metrics"] == {k: checks[-1][k] for k in ("val_loss", "knn", "effective_rank")}
-    assert len(provenance["groups"]) == 10 and len(provenance["clips"]) == 20
+    assert len(provenance["groups"]) == 10 and len(provenance["clips"]) == len(provenance["frame_hashes"]) == 20
+    assert provenance["frame_hashes_of"]["crop"] == config.data.crop
     leaks = (SECRET, "siteB", str(scans), str(tmp_path), "deep", "clip.", "other.mp4", "still")
     for file in [*path.iterdir(), out / "manifest.json"]:
         content = file.read_bytes().decode("latin1")

@@ -1,5 +1,6 @@
 """What a backbone has seen is recognised: by content, as one of a series, through parents, and when it was altered."""
 
+import io
 import json
 import shutil
 from types import SimpleNamespace
@@ -7,17 +8,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import timm
+from helpers import DATA
 from PIL import Image
 
 from training import config as configs
 from training.data.cache import FrameCache
 from training.data.ingest import ingest
+from training.data.perceptual import bits, frame_hashes
 from training.data.provenance import chain, contents
 from training.data.simulate import simulate_clip
 from training.engine.export import export
 from training.evaluation import leaks
 from training.evaluation.backbones import load_backbone
-from training.evaluation.datasets import EvaluationError, Item, Task
+from training.evaluation.datasets import EvaluationError, Item, Task, load_task
+from uscl_hub.clips.read import read_clip
+from uscl_hub.preprocess import resize
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +122,36 @@ def test_an_export_carries_them(seen, tmp_path):
     folder = export(timm.create_model("test_resnet", num_classes=0), "test_resnet", 32, tmp_path / "e", known)
     images = task(seen[0] / "clips" / "sc")
     assert leaks.find_leaks(load_backbone(str(folder)), images) == ["test/img0"]
+
+
+def distances(one, other):
+    return (one.shape[1] - one @ other.T) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data")
+def test_alarms_on_the_real_data():
+    """Smaller and re-encoded images are found; between data sets there is no alarm. Prints the figures."""
+    hashes, groups = {}, {}
+    for name in ("busi3", "bus_uc", "ovary"):
+        real = load_task(name, DATA / "classification", DATA)
+        groups[name], originals, copies = real.groups, [], []
+        for item in real.items:
+            (frame,) = read_clip(item.clip, 64, crop="none").images
+            originals += frame_hashes(frame[None])
+            file = io.BytesIO()
+            with Image.open(item.path) as image:
+                grey = image.convert("L")
+            grey.resize([int(0.6 * side) for side in grey.size]).save(file, "JPEG", quality=50)
+            copies += frame_hashes(resize(np.asarray(Image.open(file)), 64)[None])
+        assert len(originals) == len(copies) == len(real.items)
+        hashes[name] = bits(originals)
+        largest = max(distances(one[None], two[None])[0, 0] for one, two in zip(hashes[name], bits(copies)))
+        near = distances(hashes[name], hashes[name]) <= leaks.ALIKE
+        alarms = int((near & (groups[name][:, None] != groups[name])).sum()) // 2
+        print(f"{name}: {len(originals)} copies differ by at most {largest:g} bits; {alarms} pairs of different groups")
+        assert largest <= 20 and alarms <= 3
+    for one, other in (("busi3", "bus_uc"), ("busi3", "ovary"), ("bus_uc", "ovary")):
+        least = distances(hashes[one], hashes[other]).min()
+        print(f"{one} and {other}: at least {least:g} bits differ")
+        assert least > leaks.ALIKE
