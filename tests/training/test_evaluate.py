@@ -329,6 +329,7 @@ def test_own_classes_tested_on_another_folder(on_own, tmp_path):
     assert {sum(map(sum, row["confusion"])) for row in result["results"]} == {10}
     task = result["tasks"]["own"]
     assert task["title"] == "first: a / b, tested on second" and task["folds"]["0"].count(-1) == 48
+    assert "No folds: 10 are tested once, by what the other 48 taught." in text
     assert "trained on all 48 files of first, tested once on 10 of second" in text and str(tmp_path) not in text
     with np.load(tmp_path / "out" / "arrays.npz") as arrays:
         assert len(arrays["labels/own"]) == len(arrays["tsne/own/random:test_resnet"]) == 10

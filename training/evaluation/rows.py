@@ -170,6 +170,7 @@ def describe(task: Task, config) -> dict:
         "classes": list(task.classes),
         "found": task.found,
         "used": len(task.items),
+        **({"tested_once": len(task.external & {item.id for item in task.items})} if task.external else {}),
         **_by_class(task),
         "groups": len(set(task.groups)),
         "excluded": task.excluded,

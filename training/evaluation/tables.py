@@ -139,10 +139,13 @@ def counts(task: dict) -> str:
         f"{escaped(name)} {known['mean']:.4g} on average ({known['min']:.4g} to {known['max']:.4g})"
         for name, known in task.get("columns", {}).items()
     ]
-    return (
+    text = (
         f"{task['found']} files found, {task['used']} used, {len(task['excluded'])} excluded; "
         f"{task['groups']} groups; {', '.join(of)}."
     )
+    if once := task.get("tested_once"):
+        text += f" No folds: {once} are tested once, by what the other {task['used'] - once} taught."
+    return text
 
 
 def data_notes(result: dict) -> str:
