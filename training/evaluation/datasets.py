@@ -4,6 +4,7 @@ Nothing is dropped silently: a file that cannot be used stays in the task's `exc
 report prints both counts. A task of which too much is excluded does not run.
 """
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -292,13 +293,18 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict]:
 
 
 def _files(root: Path, extensions: set[str]) -> list[Path]:
+    """Files below a folder, sorted; linked folders are followed, each once."""
     if not root.is_dir():
         raise TaskError(f"{root}: no such folder")
-    return sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in extensions and path.is_file() and not path.name.startswith(".")
-    )
+    found, seen = [], set()
+    for parent, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.suffix.lower() in extensions and path.is_file())
 
 
 def _id(path: Path, root: Path) -> str:

@@ -111,6 +111,15 @@ def test_blues_names_what_it_cannot_use(copy):
     assert task.found == 18 and len(task.items) == 12
 
 
+def test_linked_folders_are_followed_once(copy):
+    videos = copy / "pocus_lung" / "videos" / "convex"
+    before = [item.id for item in load(copy, "pocus").items]
+    (videos / "covid").rename(copy / "elsewhere")
+    (videos / "covid").symlink_to(copy / "elsewhere")
+    (videos / "regular" / "loop").symlink_to(videos)
+    assert [item.id for item in load(copy, "pocus").items] == before and len(before) == 19
+
+
 def test_busi_names_what_it_cannot_use(copy):
     busi = copy / "busi"
     shutil.copy(busi / "benign" / "images" / "benign (0).png", busi / "malignant" / "images" / "malignant (0).png")
