@@ -81,7 +81,10 @@ class Plan:
         if decision is None and needed:
             decision = self._decision(fewest, own, "the least that gives a result")
         if decision is None:
-            why = f"left out: it needs about {sum(own[fewest]) / 60:.1f} min, {max(left, 0) / 60:.1f} min are left"
+            needs = own[fewest][0] + max(own[fewest][1], last)
+            why = (
+                f"left out: with the last training it needs {needs / 60:.1f} min, {max(left, 0) / 60:.1f} min are left"
+            )
             decision = self._decision(0, {0: (0.0, 0.0)}, why)
         self.decisions[name] = decision | {"needed": needed}
         self.write()

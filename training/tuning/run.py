@@ -24,7 +24,7 @@ from uscl_hub.files import write_whole
 from uscl_hub.labels import TASKS, LabelError, Labels
 
 SEGMENTATION_PX = 128  # at least: outlines in 64 px squares are coarse
-VERSION = 1  # of all that decides what a run finds
+VERSION = 2  # of all that decides what a run finds
 
 
 @dataclass
