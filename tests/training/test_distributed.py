@@ -153,13 +153,13 @@ def test_torchrun_to_the_end_and_one_process_after_a_signal(tiny, tmp_path):
         torchrun(tiny(out=str(tmp_path / "long"), **long), tmp_path / "long.yaml"),
     ]
     try:
-        end = time.monotonic() + 150
+        end = time.monotonic() + 600
         while not (tmp_path / "long" / "checkpoint.pt").exists():
             assert children[1].poll() is None, children[1].stdout.read()
             assert time.monotonic() < end
             time.sleep(0.02)
         children[1].send_signal(signal.SIGTERM)
-        to_the_end, stopped = (child.communicate(timeout=120)[0] for child in children)
+        to_the_end, stopped = (child.communicate(timeout=600)[0] for child in children)
     finally:
         for child in children:
             child.kill()
@@ -253,7 +253,7 @@ def test_when_one_dies_the_others_end_and_name_it(tiny, tmp_path, who):
     configs.dump(config, file)
     child = without_a_launcher(file) if "without" in who else torchrun(config, file)
     try:
-        end = time.monotonic() + 150
+        end = time.monotonic() + 600
         while not (tmp_path / "run" / "checkpoint.pt").exists():
             assert child.poll() is None, child.stdout.read()
             assert time.monotonic() < end
@@ -263,10 +263,10 @@ def test_when_one_dies_the_others_end_and_name_it(tiny, tmp_path, who):
         killed = {"launcher": child.pid, "rank 0": pids[0]}.get(who, pids[1])
         os.kill(killed, signal.SIGKILL)
         start = time.monotonic()
-        while any(alive(pid) for pid in pids if pid != killed) and time.monotonic() - start < 70:
+        while any(alive(pid) for pid in pids if pid != killed) and time.monotonic() - start < 200:
             time.sleep(0.1)
-        assert time.monotonic() - start < 60
-        said = child.communicate(timeout=60)[0]
+        assert time.monotonic() - start < 180  # a minute, on a machine with nothing else to do
+        said = child.communicate(timeout=600)[0]
     finally:
         for pid in filter(None, (rank_of(file, number) for number in range(2))):
             os.kill(pid, signal.SIGKILL)

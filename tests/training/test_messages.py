@@ -80,7 +80,7 @@ def piped(code):
         [sys.executable, "-c", code], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     process.stdout.close()
-    return process.wait(timeout=60), process.stderr.read()
+    return process.wait(timeout=600), process.stderr.read()
 
 
 def test_a_closed_pipe_ends_a_command_quietly():

@@ -136,7 +136,7 @@ def test_a_consumer_that_leaves_ends_the_thread():
     wait_for(lambda: threading.active_count() == before)
 
 
-def wait_for(condition, seconds=10):
+def wait_for(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

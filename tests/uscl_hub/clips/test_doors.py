@@ -61,7 +61,7 @@ def test_only_regular_files_are_opened(tmp_path, extension, what):
     for act in (decode, content_hash):
         with pytest.raises(UnreadableClip, match="not a regular file"):
             act(Clip("x", "x", kind, (path,)))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 25
 
 
 def compressed(path, frame: bytes, syntax, rows=48, columns=64, **tags):
@@ -116,7 +116,7 @@ def test_a_sparse_dicom_file_takes_no_memory(tmp_path, where):
         "except UnreadableClip as error: print(error.reason)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before >> 10)"
     )
-    out = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120)
+    out = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=600)
     said = out.stdout.splitlines()
     assert len(said) == 2 and int(said[1]) < 700, (out.stdout, out.stderr)
 
@@ -161,5 +161,5 @@ def test_a_clip_may_take_so_long(tmp_path):
     started = time.monotonic()
     with pytest.raises(UnreadableClip):
         read_in_time(lambda c: hang.wait(30), clip, 30, stopped)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 25
     hang.set()
