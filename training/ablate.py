@@ -17,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training import config as configs  # noqa: E402
 from training import evaluate as evaluation  # noqa: E402
 from training import run  # noqa: E402
-from training.engine import export  # noqa: E402
 from training.evaluation import report  # noqa: E402
 from training.evaluation.task import EvaluationError  # noqa: E402
 from training.messages import command  # noqa: E402
 from uscl_hub.files import write_text  # noqa: E402
+from uscl_hub.registry import plain_name  # noqa: E402
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Config:
 def main(config: Config) -> Path:
     """Train what is missing, evaluate, and return the table's path. Raises EvaluationError or CheckpointError."""
     out = Path(config.out)
-    backbones = {arm: f"{arm}=random:{export.architecture(config.train.model.name)}" for arm in config.arms}
+    backbones = {arm: f"{arm}=random:{plain_name(config.train.model.name)}" for arm in config.arms}
     trainings = {(arm, s): training(config, arm, s) for arm in config.arms for s in config.seeds if arm != "random"}
     if trainings and not config.train.data.roots:
         raise EvaluationError("train.data.roots: name the folders of clips to train on")

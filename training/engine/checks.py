@@ -7,8 +7,8 @@ from pathlib import Path
 import timm
 
 from training import distributed
-from training.engine import export
 from uscl_hub.errors import UserError
+from uscl_hub.registry import plain_name
 
 TINY = 1e-6
 RANGES = {  # of the numbers that a user may get wrong; the upper ends are beyond any use
@@ -91,7 +91,7 @@ def check(config):
         if value % world:
             raise UserError(f"{name} = {value} must be a multiple of the {world} processes")
     name = config.model.name
-    if not timm.is_model(export.architecture(name)):
+    if not timm.is_model(plain_name(name)):
         near = difflib.get_close_matches(name, timm.list_models(), 3)
         raise UserError(f"model.name: timm has no {name!r}{'; near it: ' * bool(near)}{', '.join(near)}")
     missing = [root for root in config.data.roots if not Path(root).exists()]

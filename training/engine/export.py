@@ -11,17 +11,17 @@ import torch
 import uscl_hub
 from training.data.groups import fingerprint  # noqa: F401  (its name here since version 0.1)
 from training.messages import markdown
-from training.method.networks import architecture
 from uscl_hub.checkpoints import save_tensors, sha256
 from uscl_hub.files import write_text, write_whole
 from uscl_hub.preprocess import MEAN, STD
+from uscl_hub.registry import plain_name
 
 LICENCE_OF_CODE = "apache-2.0"
 
 
 def pretrained_cfg(name, size):
     """A full timm `pretrained_cfg`: what is left out, timm would fill in from its own checkpoint's."""
-    cfg = timm.get_pretrained_cfg(architecture(name))
+    cfg = timm.get_pretrained_cfg(plain_name(name))
     return {
         "tag": "meta_uscl",
         "input_size": [3, size, size],
@@ -79,7 +79,7 @@ def export(backbone, name, size, folder, provenance):
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     config = {
-        "architecture": architecture(name),
+        "architecture": plain_name(name),
         "num_classes": 0,
         "num_features": backbone.num_features,
         "pretrained_cfg": pretrained_cfg(name, size),

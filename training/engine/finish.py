@@ -15,7 +15,11 @@ from training.engine import export, figures
 from training.engine.validation import features, probe_backbone, sample_frames
 from training.messages import say
 from training.method.networks import input_size
+from uscl_hub.errors import UserError
 from uscl_hub.files import write_text
+from uscl_hub.registry import plain_name
+
+RELOADED = 1e-3  # largest difference of the export's features, as a share of the largest feature
 
 
 def finish(state, config, clips, out, device):
@@ -25,7 +29,9 @@ def finish(state, config, clips, out, device):
     draw(state, config, clips, log, out / "figures", device)
     provenance = describe(state, config, clips, checks, write_manifest(clips, out / "manifest.json"))
     path = export.export(state.encoder.backbone, config.model.name, config.model.size, out / "export", provenance)
-    difference = reloaded_difference(state, config, clips, path, device)
+    difference, scale = reloaded_difference(state, config, clips, path, device)
+    if not difference <= RELOADED * scale:
+        raise UserError(f"{path}: plain timm gives other features than the training (by {difference:g}): do not use it")
     say(f"exported to {path}; reloaded by plain timm, largest difference of the features: {difference:g}")
     compare(checks, untrained(config, clips, device), clips)
     say(
@@ -98,18 +104,19 @@ def licence_of(source, config):
 
 
 def reloaded_difference(state, config, clips, path, device):
-    """Largest difference between the features of the trained network and of the export as timm loads it."""
+    """Largest difference between the features of the trained network and of the export as timm loads it, and their
+    largest value."""
     frames = clips.cache.take(*sample_frames(clips.cache, clips.val, 1))
     reloaded = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0)
     reloaded = reloaded.to(device, memory_format=torch.channels_last)
     ours, theirs = (features(model, frames, config.model.size, device) for model in (state.encoder.backbone, reloaded))
-    return np.abs(ours - theirs).max()
+    return np.abs(ours - theirs).max(), np.abs(ours).max()
 
 
 def untrained(config, clips, device):
     """The probe's figures of the same architecture at its random start."""
     torch.manual_seed(config.seed)
-    model = timm.create_model(export.architecture(config.model.name), num_classes=0, **input_size(config.model))
+    model = timm.create_model(plain_name(config.model.name), num_classes=0, **input_size(config.model))
     return probe_backbone(model.to(device, memory_format=torch.channels_last), config, clips, device)
 
 

@@ -8,11 +8,7 @@ from timm.models import group_parameters
 from torch import nn
 
 import uscl_hub  # noqa: F401  (registers meta_uscl_resnet18, ...)
-
-
-def architecture(name: str) -> str:
-    """The plain timm architecture of a model name: bare timm must load the export without our package."""
-    return name.removeprefix("meta_uscl_").partition(".")[0]
+from uscl_hub.registry import plain_name
 
 
 class Encoder(nn.Module):
@@ -100,5 +96,5 @@ class CMWNet(nn.Module):
 
 def input_size(model):
     """Keyword arguments of `timm.create_model` for networks that are built for one size of images (ViT)."""
-    cfg = timm.get_pretrained_cfg(architecture(model.name))
+    cfg = timm.get_pretrained_cfg(plain_name(model.name))
     return {"img_size": model.size} if cfg and cfg.fixed_input_size else {}

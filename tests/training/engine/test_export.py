@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import uscl_hub
 from training.engine import export as exporting
 from training.method.networks import input_size
+from uscl_hub import registry
 
 PROVENANCE = {
     "method": "meta_uscl",
@@ -117,6 +118,19 @@ def test_other_timm_models(tmp_path, images, name):
     assert (reloaded(images) - backbone(images)).abs().max() == 0
     ours = uscl_hub.load_meta_uscl_backbone(name.split(".")[0], checkpoint=path)
     assert (ours(images) - backbone(images)).abs().max() == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", registry.ARCHITECTURES)
+def test_all_of_our_architectures(tmp_path, images, name):
+    backbone = trained(name)
+    path = exporting.export(backbone, name, 32, tmp_path / "out", PROVENANCE)
+    assert json.loads((path / "config.json").read_text())["architecture"] == registry.ARCHITECTURES[name].timm
+    for reloaded in (
+        timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0).eval(),
+        uscl_hub.load_meta_uscl_backbone(name, checkpoint=path),
+    ):
+        assert torch.equal(reloaded(images), backbone(images))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
