@@ -1,7 +1,10 @@
-"""The arrows between modules are kept: the contracts in pyproject.toml, and each of them fails when it is broken."""
+"""The arrows between modules are kept: the contracts in pyproject.toml, and each of them fails when it is broken.
+Functions stay within the limits of CONTRIBUTING.md, and tests use public names only."""
 
+import ast
 import graphlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,3 +63,56 @@ def test_the_tree_of_tests_is_that_of_the_code():
         path.parent for package in ("uscl_hub", "training") for path in (ROOT / "tests" / package).rglob("*.py")
     }:
         assert (ROOT / folder.relative_to(ROOT / "tests") / "__init__.py").is_file(), folder
+
+
+LIMITS = {"lines": 60, "arguments": 6}
+REASON = re.compile(r"# (\d+) (lines|arguments): \w+")
+SPLIT_SOON = {"uscl_hub/features/embed.py", "uscl_hub/cli.py", "training/engine/log.py"}  # to become empty
+
+
+def beyond_the_limits(source):
+    """(line, what) of functions that are longer or take more arguments than LIMITS, and of reasons that are not right.
+
+    A reason is a comment above the function or in its signature: `# 7 arguments: why`, `# 70 lines: why`.
+    """
+    lines, found = source.splitlines(), []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        sizes = {
+            "lines": node.end_lineno - node.lineno + 1,
+            "arguments": len(names) - (names[:1] in (["self"], ["cls"])),
+        }
+        first = min(part.lineno for part in (node, *node.decorator_list))
+        above = next((i for i in range(first - 1, 0, -1) if not lines[i - 1].lstrip().startswith("#")), 0)
+        signature = lines[above : max(node.lineno, node.body[0].lineno - 1)]
+        reasons = {what: int(number) for number, what in REASON.findall("\n".join(signature))}
+        for what, size in sizes.items():
+            if (size > LIMITS[what] or what in reasons) and reasons.get(what) != size:
+                found.append((node.lineno, f"{node.name} has {size} {what}"))
+    return found
+
+
+def test_functions_are_short_and_take_few_arguments():
+    files = [path for package in ("uscl_hub", "training") for path in (ROOT / package).rglob("*.py")]
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {what}"
+        for path in files
+        if str(path.relative_to(ROOT)) not in SPLIT_SOON
+        for line, what in beyond_the_limits(path.read_text(encoding="utf-8"))
+    ]
+    assert len(files) > 100 and not found, "\n".join(found)
+
+
+def test_what_is_beyond_the_limits_is_found():
+    long = "def f():\n" + "    x = 1\n" * 60
+    wide = "def f(a, b, c, /, d, e, *, f, g=1, **more):{}\n    pass\n"
+    assert beyond_the_limits(long) == [(1, "f has 61 lines")] and not beyond_the_limits(long[:-10])
+    assert not beyond_the_limits("# 61 lines: a table\n" + long)
+    assert beyond_the_limits(wide.format("")) == [(1, "f has 7 arguments")]
+    assert beyond_the_limits(wide.format("  # 7 arguments:")) and beyond_the_limits(wide.format("  # 8 arguments: as"))
+    assert not beyond_the_limits(wide.format("  # 7 arguments: those of timm"))
+    assert beyond_the_limits("# 2 arguments: no need\ndef f(a, b):\n    pass\n") == []
+    assert beyond_the_limits("# 3 arguments: no longer\ndef f(a, b):\n    pass\n") == [(2, "f has 2 arguments")]
+    assert beyond_the_limits("class A:\n    def f(self, a, b, c, d, e, f):\n        pass\n") == []

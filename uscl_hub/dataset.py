@@ -78,7 +78,7 @@ class UltrasoundDataset(Dataset):
         crop: str = "crop",
         frames: str = "images",
         frames_per_clip: int = 4,
-    ):  # nine arguments: each is a setting that a user names
+    ):  # 9 arguments: all but the first have a default, and a user names those that differ
         if crop not in ("crop", "blank", "none"):
             raise ValueError(f"crop {crop!r} is not 'crop', 'blank' or 'none'")
         if frames_per_clip < 1:

@@ -20,7 +20,7 @@ def load_meta_uscl_backbone(
     revision: str | None = None,
     cache_dir=None,
     **kwargs,
-) -> torch.nn.Module:
+) -> torch.nn.Module:  # 8 arguments: those of timm.create_model and where the weights are
     """Build an ultrasound backbone and load its weights.
 
     name: 'meta_uscl_resnet18', '..._resnet34', '..._resnet50' or '..._efficientnet_lite0' (with or without '.tag');

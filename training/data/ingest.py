@@ -41,10 +41,29 @@ class FrameSettings:
     stride: int
     version: int = VERSION
 
+    def __post_init__(self):
+        if self.crop not in ("crop", "blank", "none"):
+            raise ValueError(f"crop {self.crop!r} is not 'crop', 'blank' or 'none'")
+        if min(self.size, self.stride, self.max_frames or 1) < 1 or self.max_frames == 0:
+            raise ValueError(
+                f"size, stride and max_frames must be at least 1, got {self.size}, {self.stride} and {self.max_frames}"
+            )
+
     @property
     def key(self) -> str:
         text = json.dumps(asdict(self), sort_keys=True)
         return f"{self.size}px-{self.crop}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where the frames go, what they are like, and how the work is done: see `ingest`."""
+
+    folder: Path
+    settings: FrameSettings
+    workers: int | None
+    progress: bool
+    sheets: bool
 
 
 def ingest(
@@ -60,7 +79,7 @@ def ingest(
     min_clips: int = 1,
     sheets: bool = False,
     frames: str = "auto",
-) -> FrameCache:
+) -> FrameCache:  # 11 arguments: all but the first three have a default, and a caller names those that differ
     """Decode everything below `roots` into a frame cache below `out`; only what is new or changed is decoded.
 
     What earlier trainings wrote below `roots` (their figures and caches) is left out. Called from a script, it needs
@@ -86,20 +105,27 @@ def ingest(
             it is read-only and not complete.
         OSError: the disk is full; what is complete stays.
     """
-    if crop not in ("crop", "blank", "none"):
-        raise ValueError(f"crop {crop!r} is not 'crop', 'blank' or 'none'")
-    if size < 1 or stride < 1 or (max_frames is not None and max_frames < 1):
-        raise ValueError(f"size, stride and max_frames must be at least 1, got {size}, {stride} and {max_frames}")
     if processes.imported_by_a_worker():  # a script without a guard: its parent says what is wrong, once
         raise SystemExit(1)
     settings = FrameSettings(size, crop, max_frames, stride)
-    folder = Path(out) / settings.key
+    work = Work(Path(out) / settings.key, settings, workers, progress, sheets)
     passed = Report()
     clips, ours = without_results(find_clips(roots, frames, passed), roots)
-    work = Work(folder, settings, workers, progress, sheets)
+    records, report = update(clips, work, {"own_results_left_out": ours} | passed.as_dict())
+    if progress:
+        print_summary(report, work.folder, passed)
+    if len(records) < min_clips:
+        raise too_few(report, min_clips, roots, work.folder)
+    return FrameCache(work.folder, size, records)
+
+
+def update(clips: list[Clip], work: Work, about: dict) -> tuple[list[dict], dict]:
+    """Decode what is new or changed, and write report.json. Returns the index lines of `clips`, those with identical
+    content once, and the report, which begins with `about`."""
+    folder, size = work.folder, work.settings.size
     with writing(folder) as writable:
         if writable:
-            write_json(folder / "settings.json", asdict(settings))
+            write_json(folder / "settings.json", asdict(work.settings))
         lines, end = read_index(folder, size, repair=writable)
         redo = read_damage(folder)
         drop_damaged(lines, redo)
@@ -115,19 +141,10 @@ def ingest(
         if redo and writable:
             (folder / "damaged.txt").unlink(missing_ok=True)
         records, same = unique(lines[clip.id] for clip in clips if clip.id in lines and clip.id not in failed)
-        report = describe(records, same, failed, len(clips), ours) | passed.as_dict()
+        report = describe(records, same, failed, len(clips)) | about
         if writable:
             write_json(folder / "report.json", report)
-    if progress:
-        print_summary(report, folder, passed)
-    if len(records) < min_clips:
-        some = "".join(f"; {name}: {failed[name]}" for name in sorted(failed)[:5])
-        where = ", ".join(str(root) for root in ([roots] if isinstance(roots, (str, Path)) else roots))
-        raise CacheError(
-            f"{len(records)} readable clips below {where}, at least {min_clips} needed "
-            f"({len(failed)} unreadable, see {folder / 'report.json'}){some}"
-        )
-    return FrameCache(folder, size, records)
+    return records, report
 
 
 @contextmanager
@@ -203,17 +220,6 @@ def check_kept(cache: FrameCache) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- doing it
-
-
-@dataclass(frozen=True)
-class Work:
-    """Where the frames go, what they are like, and how the work is done: see `ingest`."""
-
-    folder: Path
-    settings: FrameSettings
-    workers: int | None
-    progress: bool
-    sheets: bool
 
 
 def append(todo, lines: dict[str, dict], end: int, work: Work) -> dict[str, str]:
@@ -346,18 +352,28 @@ class Writer:
 # ---------------------------------------------------------------------------------------------- what was done
 
 
-def describe(records, same, failed: dict[str, str], found: int, ours: int) -> dict:
+def describe(records, same, failed: dict[str, str], found: int) -> dict:
     """The report of an ingest."""
     return {
         "clips": len(records),
         "frames": sum(record["frames"] for record in records),
         "found": found,
-        "own_results_left_out": ours,
         "unreadable": [{"id": name, "reason": failed[name]} for name in sorted(failed)],
         "duplicates": [{"id": a, "same_as": b} for a, b in same],
         "notes": [{"id": r["id"], "note": note} for r in records for note in r.get("notes", ())],
         "burned_in_text_suspected": [r["id"] for r in records if r.get("text")],
     }
+
+
+def too_few(report: dict, least: int, roots, folder: Path) -> CacheError:
+    """What is said of fewer readable clips than `least`."""
+    unreadable = report["unreadable"]
+    some = "".join(f"; {row['id']}: {row['reason']}" for row in unreadable[:5])
+    where = ", ".join(str(root) for root in ([roots] if isinstance(roots, (str, Path)) else roots))
+    return CacheError(
+        f"{report['clips']} readable clips below {where}, at least {least} needed "
+        f"({len(unreadable)} unreadable, see {folder / 'report.json'}){some}"
+    )
 
 
 def print_summary(report: dict, folder: Path, passed: Report):

@@ -14,6 +14,8 @@ from uscl_hub.files import write_whole
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+SHOWN = 10  # frames of a clip in one figure
+
 
 def read_log(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
@@ -54,9 +56,9 @@ def weight_histogram(log, sources, path, last=100):
 
 
 @torch.no_grad()
-def similarity_against_weight(encoder, cmw, frames, size, device, path, count=10):
+def similarity_against_weight(encoder, cmw, frames, size, device, path):
     """A clip's frames against its first: cosine similarity of the representations and the pair's weight."""
-    numbers = np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)
+    numbers = np.linspace(0, len(frames) - 1, min(SHOWN, len(frames))).round().astype(int)
     h = torch.from_numpy(features(encoder.backbone, frames[numbers], size, device)).to(device)
     first = h[:1].expand_as(h)
     similarity = torch.cosine_similarity(first, h).cpu()

@@ -13,7 +13,7 @@ from typing import Callable
 
 import numpy as np
 
-from training.evaluation.task import EvaluationError, Task, check_excluded
+from training.evaluation.task import EvaluationError, Task
 from uscl_hub.clips import UnreadableClip
 from uscl_hub.clips.read import read_clip
 from uscl_hub.files import open_regular, write_whole
@@ -31,20 +31,12 @@ class Frames:
     key: str
 
 
-def load_frames(
-    task: Task,
-    px: int,
-    cache: Path,
-    rate: float = 3.0,
-    crop: str = "none",
-    workers: int = 0,
-    max_excluded: float = 0.05,
-) -> Frames:  # seven arguments: four are settings of evaluate.py with a default
+def load_frames(task: Task, px: int, cache: Path, rate: float = 3.0, crop: str = "none", workers: int = 0) -> Frames:
     """Decode every item once, at about `rate` frames per second, to px squares; later calls read the cache.
 
     crop: 'none', or 'crop' / 'blank' for the detected moving region (uscl_hub/clips/crop.py). workers: threads, 0: one
-    a core. Items that cannot be decoded are moved from task.items to task.excluded with the reason. Raises TaskError if
-    more than the share `max_excluded` of all found items is excluded by then.
+    a core. Items that cannot be decoded are moved from task.items to task.excluded with the reason: how many may be is
+    for `check_excluded`.
     """
 
     def decode_all():
@@ -66,7 +58,6 @@ def load_frames(
     task.notes += [note for note in notes if note not in task.notes]  # said once, however many sizes are decoded
     kept = np.setdiff1d(np.arange(len(task.items)), unreadable)
     task.items = [task.items[i] for i in kept]
-    check_excluded(task, max_excluded)
     return Frames(saved["images"], np.searchsorted(kept, saved["item"]), digest(described))
 
 

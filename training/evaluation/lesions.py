@@ -56,7 +56,7 @@ def load_lesions(task: Task, px: int, cache: Path) -> Lesions:
             sizes.append(frame.shape)
             kept.append(item)
     task.items = kept
-    images = load_frames(task, px, cache, max_excluded=1).images  # one frame an item
+    images = load_frames(task, px, cache).images  # one frame an item
     return Lesions(images, np.array(masks, bool).reshape(-1, px, px), np.array(sizes, int).reshape(-1, 2))
 
 

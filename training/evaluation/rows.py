@@ -32,7 +32,8 @@ def rows(config, task: Task, spec: str, px: int, device: str, arrays: dict):
 
 def prediction_rows(config, task: Task, spec: str, px: int, device: str, arrays: dict):
     """Of everything but segmentation: for every protocol, share of labels and level."""
-    frames = load_frames(task, px, Path(config.cache), config.rate, config.crop, config.workers, config.max_excluded)
+    frames = load_frames(task, px, Path(config.cache), config.rate, config.crop, config.workers)
+    check_excluded(task, config.max_excluded)
     cells = []
     for seed in config.seeds:
         folds = task_folds(task, config.folds, seed)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from uscl_hub.preprocess import MEAN, STD
 
 
+# 7 arguments: one for each number of the augmentation, with the paper's values as defaults
 def draw(shape, rng, scale=(0.7, 1.0), ratio=(0.8, 1.25), jitter=0.64, flip=0.5, rotate=0.0):
     """Draw augmentations.
 

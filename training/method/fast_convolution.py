@@ -18,6 +18,7 @@ class FastWeightGradients(TorchFunctionMode):
         return conv2d(*args, **(kwargs or {})) if func is F.conv2d else func(*args, **(kwargs or {}))
 
 
+# 7 arguments: torch.nn.functional.conv2d's, in whose place it is called
 def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """`F.conv2d`, once differentiable. What the product does not serve (a GPU, groups, autocast) is torch's own."""
     ours = (
@@ -36,16 +37,16 @@ def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
             for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation)
         ]
         if 0 < sides[0] * sides[1] <= PIXELS and min(sides) > 0:
-            return _Convolution.apply(x, weight, bias, stride, padding, dilation)
+            return _Convolution.apply(x, weight, bias, (stride, padding, dilation))
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding, dilation):
+    def forward(ctx, x, weight, bias, geometry):
         ctx.save_for_backward(x, weight)
-        ctx.geometry = stride, padding, dilation
-        return F.conv2d(x, weight, bias, stride, padding, dilation)
+        ctx.geometry = geometry
+        return F.conv2d(x, weight, bias, *geometry)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -61,7 +62,7 @@ class _Convolution(torch.autograd.Function):
             dweight = _weight_gradient(x, grad, weight.shape[2:], stride, padding, dilation)
         if ctx.needs_input_grad[2]:
             dbias = grad.sum((0, 2, 3))
-        return dx, dweight, dbias, None, None, None
+        return dx, dweight, dbias, None
 
 
 def _weight_gradient(x, grad, kernel, stride, padding, dilation):

@@ -117,15 +117,18 @@ class _BatchNormPerView(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _mean, _rstd):
         x, weight, mean, rstd = ctx.saved_tensors
-        views = zip(grad.chunk(VIEWS), x.chunk(VIEWS), mean, rstd)
+        views = zip(grad.chunk(VIEWS), x.chunk(VIEWS), zip(mean, rstd))
         dx, dweight, dbias = zip(*(_batch_norm_backward(*v, weight, ctx.eps, [True, True, True]) for v in views))
         affine = weight is not None
         return torch.cat(dx), sum(dweight) if affine else None, sum(dbias) if affine else None, None
 
 
-def _batch_norm_backward(grad, x, mean, rstd, weight, eps, wanted):
-    """Those `wanted` of the gradients of x, weight (= sum of grad times the normalised x) and bias (sum of grad)."""
-    return torch.ops.aten.native_batch_norm_backward(grad, x, weight, None, None, mean, rstd, True, eps, wanted)
+def _batch_norm_backward(grad, x, statistics, weight, eps, wanted):
+    """Those `wanted` of the gradients of x, weight (= sum of grad times the normalised x) and bias (sum of grad).
+
+    statistics: x's mean and 1 / standard deviation.
+    """
+    return torch.ops.aten.native_batch_norm_backward(grad, x, weight, None, None, *statistics, True, eps, wanted)
 
 
 class _Recorder(TorchFunctionMode):
@@ -153,6 +156,7 @@ class _Recorder(TorchFunctionMode):
             self.relus.append(output.data)  # to be written to behind autograd's back
         return output
 
+    # 8 arguments: torch.nn.functional.batch_norm's, in whose place it is called
     def batch_norm(self, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
         if not training:
             return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -201,6 +205,7 @@ class _Tangent(TorchFunctionMode):
             dy += func(dx, weight, None, *rest, **kwargs)
         return forward_ad.make_dual(y, dy)
 
+    # 8 arguments: torch.nn.functional.batch_norm's, in whose place it is called
     def batch_norm(self, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
         if not training:
             return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -221,7 +226,7 @@ class _Tangent(TorchFunctionMode):
         # y = weight x^ + bias, x^ = (x - mean) rstd, dx^ = rstd (dx - average of dx - x^ average of x^ dx), where
         # the normalisation's backward pass has the two sums. Two fused passes over x and dx do the rest.
         one, n = torch.ones_like(mean[0]), x.numel() // x.shape[1] // VIEWS
-        views = zip(dx.chunk(VIEWS), x.chunk(VIEWS), mean, rstd)
+        views = zip(dx.chunk(VIEWS), x.chunk(VIEWS), zip(mean, rstd))
         sums = [_batch_norm_backward(*v, one, eps, [False, True, True])[1:] for v in views]
         along, total = (torch.stack(s) / n for s in zip(*sums))
         slope = (dweight - scale * along) * rstd

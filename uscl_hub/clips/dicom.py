@@ -11,6 +11,7 @@ import os
 import warnings
 import zlib
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterator
 
@@ -25,6 +26,20 @@ from uscl_hub.clips.video import stream_frames
 _HEADER_BYTES = 256 * 2**20  # read of a file before its pixels
 _HEADER_READS = 1_000_000  # for that: four an attribute or so
 _VIDEO_CODECS = tuple(f"1.2.840.10008.1.2.4.{number}" for number in range(100, 109))  # MPEG-2, MPEG-4, HEVC
+
+
+@dataclass(frozen=True)
+class _Timing:
+    """fps: frames per second, None if unknown. seconds: of each frame since the first, where a file lists them."""
+
+    fps: float | None
+    seconds: list[float] = field(default_factory=list)
+
+    def at(self, index: int) -> float | None:
+        """Seconds of frame `index` since the first; None if unknown."""
+        if index < len(self.seconds):
+            return self.seconds[index]
+        return index / self.fps if self.fps else None
 
 
 @contextmanager
@@ -58,7 +73,7 @@ def dicom_frames(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, fl
                 syntax = uid.name if uid.type else "unknown transfer syntax"  # not the value itself
                 claimed = _claimed_frames(data, path)
                 pixels = PixelData(file, _size(file), data, path, syntax)
-                times, fps = _times(data)
+                timing = _timing(data)
             except UnreadableClip:
                 raise
             except Exception as error:
@@ -66,13 +81,13 @@ def dicom_frames(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, fl
                 raise UnreadableClip(path, f"DICOM pixel attributes missing or invalid ({kind})") from None
         if uid.startswith(_VIDEO_CODECS):
             stream = _stream(pixels, path)
-            frames = ((grey, fps or own, time) for grey, own, time in stream_frames(stream, path, stride, note))
+            frames = ((grey, timing.fps or own, time) for grey, own, time in stream_frames(stream, path, stride, note))
         else:
-            frames = _frames(pixels, data, claimed, stride, note, times, fps)
+            frames = _frames(pixels, data, claimed, stride, note, timing)
         yield from frames
 
 
-def _frames(pixels: PixelData, data, claimed: int, stride: int, note, times, fps):
+def _frames(pixels: PixelData, data, claimed: int, stride: int, note, timing: _Timing):
     path, syntax = pixels.path, pixels.syntax
     with _quiet_pydicom():
         try:
@@ -95,8 +110,7 @@ def _frames(pixels: PixelData, data, claimed: int, stride: int, note, times, fps
                 raise
             except Exception as error:
                 raise UnreadableClip(path, f"pixel data cannot be decoded ({syntax}, {type(error).__name__})") from None
-        time = times[index] if times and index < len(times) else index / fps if fps else None
-        yield grey, fps, time
+        yield grey, timing.fps, timing.at(index)
 
 
 def _stream(pixels: PixelData, path: Path) -> io.BytesIO:
@@ -207,20 +221,19 @@ def _claimed_frames(data, path: Path) -> int:
     return claimed
 
 
-def _times(data) -> tuple[list[float] | None, float | None]:
-    """Seconds of each frame since the first, None where frames are evenly spaced; frames per second."""
+def _timing(data) -> _Timing:
     try:
         steps = [float(ms) / 1000 for ms in data.FrameTimeVector]
     except (AttributeError, TypeError, ValueError):
         steps = []
     if len(steps) > 1 and all(math.isfinite(step) and step >= 0 for step in steps) and sum(steps[1:]) > 0:
         seconds = np.cumsum([0.0, *steps[1:]])
-        return seconds.tolist(), float((len(steps) - 1) / seconds[-1])
+        return _Timing(float((len(steps) - 1) / seconds[-1]), seconds.tolist())
     for name, fps in (("FrameTime", lambda ms: 1000 / ms), ("CineRate", float), ("RecommendedDisplayFrameRate", float)):
         try:
             value = fps(float(data.get(name)))
         except (TypeError, ValueError, ZeroDivisionError):
             continue
         if 0 < value < 10_000:
-            return None, value
-    return None, None
+            return _Timing(value)
+    return _Timing(None)
