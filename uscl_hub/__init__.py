@@ -8,14 +8,18 @@ __all__ = ["UltrasoundDataset", "create_transform", "load_meta_uscl_backbone"]
 
 def __getattr__(name):  # PEP 562: what only some users need is imported when they use it
     if name == "create_transform":
-        from uscl_hub.preprocess import create_transform as value
-    elif name == "load_meta_uscl_backbone":
-        from uscl_hub.load import load_meta_uscl_backbone as value
-    elif name == "UltrasoundDataset":
-        from uscl_hub.dataset import UltrasoundDataset as value
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return value
+        from uscl_hub.preprocess import create_transform
+
+        return create_transform
+    if name == "load_meta_uscl_backbone":
+        from uscl_hub.load import load_meta_uscl_backbone
+
+        return load_meta_uscl_backbone
+    if name == "UltrasoundDataset":
+        from uscl_hub.dataset import UltrasoundDataset
+
+        return UltrasoundDataset
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():

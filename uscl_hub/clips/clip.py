@@ -83,7 +83,8 @@ def must_be_a_file(path: Path):
 
 
 def not_a_file(error: NotAFile) -> str:
-    return re.search(r"is (a|an|something) [\w ]+, not a regular file", str(error))[0]
+    found = re.search(r"is (a|an|something) [\w ]+, not a regular file", str(error))
+    return found[0] if found else "not a regular file"
 
 
 def reason_of(error: BaseException) -> str:

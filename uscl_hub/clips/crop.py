@@ -34,7 +34,7 @@ class Region:
         return self.top, self.bottom, self.left, self.right
 
 
-def sample(frames: Sequence[np.ndarray], count: int = SAMPLES) -> np.ndarray:
+def sample(frames: Sequence[np.ndarray] | np.ndarray, count: int = SAMPLES) -> np.ndarray:
     """uint8 (min(T, count), H, W): evenly spread frames, first and last among them."""
     picks = np.unique(np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int))
     return np.stack([frames[i] for i in picks])

@@ -38,7 +38,8 @@ class PixelData:
 
     def _walk(self) -> list[tuple[int, int]]:
         """Offset and length of every item; the first is the offset table."""
-        items, at = [], self.start
+        items: list[tuple[int, int]] = []
+        at = self.start
         while at + 8 <= self.end:
             self.file.seek(at)
             group, element, length = struct.unpack("<HHL", self.file.read(8))
@@ -178,9 +179,9 @@ def _codestream(content: bytes) -> tuple[int, int, bool] | None:
     JPEG 2000's own header; None for another content."""
     at = 2
     if content[:12] == _STARTS[2]:
-        at = content.index(b"\xff\x4f\xff\x51") + 2 if b"\xff\x4f\xff\x51" in content else None
-        if at is None:
+        if b"\xff\x4f\xff\x51" not in content:
             return None
+        at = content.index(b"\xff\x4f\xff\x51") + 2
     elif content[:4] != _STARTS[1]:
         return _jpeg(content)
     right, bottom, left, top = struct.unpack(">LLLL", content[at + 6 : at + 22])

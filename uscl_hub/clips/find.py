@@ -84,7 +84,9 @@ def find_clips(
             raise FileNotFoundError(f"{root}: no such file or folder")
     folders = {root: root if root.is_dir() else root.parent for root in named}
     names = _source_names(set(folders.values()))
-    seen, known, clips = set(), set(), []
+    seen: set[str] = set()
+    known: set[tuple[str, str]] = set()
+    clips: list[Clip] = []
     # outer folders first, single files last: what is given twice is found once
     for root in sorted(named, key=lambda root: (not root.is_dir(), len(os.path.realpath(root)), str(root))):
         folder = folders[root]

@@ -72,7 +72,9 @@ def _pages(path: Path, top: int, note, first: bool = False):
             raise UnreadableClip(path, reason_of(error)) from error
     with open_image(path) as image:
         check_pixels(path, *image.size)
-        index, time, fps = 0, 0.0, None
+        index = 0
+        time: float | None = 0.0
+        fps: float | None = None
         while True:
             try:
                 if index == 0:
@@ -91,11 +93,11 @@ def _pages(path: Path, top: int, note, first: bool = False):
             except Exception as error:  # as in open_image
                 where = f"damaged at frame {index}: " if index else ""
                 raise UnreadableClip(path, where + reason_of(error)) from error
-            timed = isinstance(duration, (int, float)) and duration > 0
-            if index == 0 and timed:
+            seconds = duration / 1000 if isinstance(duration, (int, float)) and duration > 0 else None
+            if index == 0 and duration is not None and seconds is not None:
                 fps = 1000 / duration
             yield grey, fps, time
-            time = time + duration / 1000 if timed and time is not None else None
+            time = None if time is None or seconds is None else time + seconds
             index += 1
             if not animated or first:
                 return

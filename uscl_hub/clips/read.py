@@ -42,21 +42,22 @@ def read_clip(clip: Clip, size: int, *, crop: str = "crop", stride: int = 1, max
     crop: 'crop', 'blank' or 'none', see `crop.apply_region`. Raises UnreadableClip. The result does not depend on the
     memory budget; a clip that is not held whole is decoded again.
     """
-    notes, times = [], []
-    held, few, total, nbytes, fps = _first_look(clip, stride, max_frames, notes, times)
+    notes: list[str] = []
+    look = _first_look(clip, stride, max_frames, notes)
+    total = look.total
     if total * size**2 > min(MAX_BYTES, memory.budget() // 2):
         raise UnreadableClip(path_of(clip), f"{total} frames of {size} px take more memory than there is")
-    if held is None and total * nbytes <= KEEP_BYTES:  # little memory: the frames that others would have picked
-        wanted = set(_picks(total, nbytes).tolist())
+    if look.held is None and total * look.nbytes <= KEEP_BYTES:  # little memory: what others would have picked
+        wanted = set(_picks(total, look.nbytes).tolist())
         again = iter_frames(clip, max_frames, stride, notes)
-        few = [frame for i, (frame, _) in enumerate(again) if i in wanted]
-    looked_at = sample(held if held is not None else few, _count(nbytes))
-    del few
+        look.few = [frame for i, (frame, _) in enumerate(again) if i in wanted]
+    looked_at = sample(look.few if look.held is None else look.held, _count(look.nbytes))
+    look.few = []  # frees them
     whole = Region(0, looked_at.shape[1], 0, looked_at.shape[2])
     region = whole if crop == "none" else detect_region(looked_at)
-    source = held if held is not None else (frame for frame, _ in iter_frames(clip, max_frames, stride, notes))
+    again = ((frame, None) for frame in look.held) if look.held else iter_frames(clip, max_frames, stride, notes)
     images, count = np.empty((total, size, size), np.uint8), 0
-    for count, frame in enumerate(islice(source, total), start=1):
+    for count, (frame, _) in enumerate(islice(again, total), start=1):
         images[count - 1] = resize(np.ascontiguousarray(apply_region(frame, region, crop)), size)
     if count != total:
         raise UnreadableClip(path_of(clip), "changed while it was read")
@@ -64,24 +65,37 @@ def read_clip(clip: Clip, size: int, *, crop: str = "crop", stride: int = 1, max
     middle = len(looked_at) // 2
     text = burned_in_text_suspected(after)
     before, after = looked_at[middle].copy(), after[middle].copy()
-    return Frames(images, fps, region, text, tuple(notes), before, after, tuple(times))
+    return Frames(images, look.fps, region, text, tuple(notes), before, after, tuple(look.times))
 
 
-def _first_look(clip: Clip, stride: int, max_frames, notes: list, times: list):
-    """All frames if they may be held, else None; some, evenly spread; how many there are; bytes of each; fps."""
-    keep = min(KEEP_BYTES, memory.budget() // 4)
-    held, few, step, total, frame, fps = [], [], 1, 0, None, None
-    for frame, fps in iter_frames(clip, max_frames, stride, notes, times):
-        if held is not None:
-            held.append(frame)
-            if len(held) * frame.nbytes > keep and len(held) > 1:
-                held = None
-        if total % step == 0:
-            few.append(frame)
-            if len(few) >= 2 * _count(frame.nbytes):
-                few, step = few[::2], 2 * step
-        total += 1
-    return held, few, total, frame.nbytes, fps
+@dataclass
+class _Look:
+    """held: all frames if they may be held. few: some, evenly spread. total: how many there are, of nbytes each.
+    fps, times: as in `Frames`."""
+
+    held: list[np.ndarray] | None
+    few: list[np.ndarray]
+    times: list[float | None]
+    fps: float | None = None
+    total: int = 0
+    nbytes: int = 0
+
+
+def _first_look(clip: Clip, stride: int, max_frames: int | None, notes: list[str]) -> _Look:
+    keep, step = min(KEEP_BYTES, memory.budget() // 4), 1
+    look = _Look([], [], [])
+    for frame, look.fps in iter_frames(clip, max_frames, stride, notes, look.times):
+        look.nbytes = frame.nbytes
+        if look.held is not None:
+            look.held.append(frame)
+            if len(look.held) * frame.nbytes > keep and len(look.held) > 1:
+                look.held = None
+        if look.total % step == 0:
+            look.few.append(frame)
+            if len(look.few) >= 2 * _count(frame.nbytes):
+                look.few, step = look.few[::2], 2 * step
+        look.total += 1
+    return look
 
 
 def _count(nbytes: int) -> int:
@@ -96,22 +110,22 @@ def _picks(total: int, nbytes: int) -> np.ndarray:
 def read_in_time(function, clip: Clip, seconds: float = MAX_SECONDS, stopped: threading.Event | None = None):
     """function(clip), or UnreadableClip after so many seconds or once `stopped` is set. For callers that do not read in
     processes of their own: the thread of a decoder that hangs is left behind, and ends with the program."""
-    result = []
+    result: list = []
+    errors: list[BaseException] = []
 
     def target():
         try:
-            result.append((function(clip), None))
+            result.append(function(clip))
         except BaseException as error:  # noqa: BLE001 - raised again by the caller
-            result.append((None, error))
+            errors.append(error)
 
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     end = time.monotonic() + seconds
     while thread.is_alive() and time.monotonic() < end and not (stopped and stopped.is_set()):
         thread.join(min(0.2, max(0.0, end - time.monotonic())))
+    if errors:
+        raise errors[0]
     if not result:
         raise UnreadableClip(path_of(clip), f"took more than {seconds:g} s")
-    value, error = result[0]
-    if error is not None:
-        raise error
-    return value
+    return result[0]

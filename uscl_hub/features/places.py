@@ -3,6 +3,7 @@
 import hashlib
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Callable
 
 from uscl_hub.clips.clip import Clip, UnreadableClip
@@ -32,9 +33,13 @@ def tell_apart(
     return result, {**places, **{clip.source: _place(clip) for clip in result}}
 
 
+def _root(clip: Clip) -> Path:
+    return clip.root or clip.files[0].parent
+
+
 def _place(clip: Clip) -> str:
     """Where the root lies, so that it can be compared but not read."""
-    return hashlib.sha256(os.fsencode(os.path.realpath(clip.root))).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode(os.path.realpath(_root(clip)))).hexdigest()[:16]
 
 
 def _differs(clips: list[Clip], done: dict[str, str], digest) -> bool:
@@ -50,7 +55,7 @@ def _differs(clips: list[Clip], done: dict[str, str], digest) -> bool:
 def _longer(clip: Clip, place: str, places: dict[str, str]) -> str:
     from uscl_hub.clips.find import printable
 
-    parts = [part.strip("/\\:") or "root" for part in clip.root.parts]
+    parts = [part.strip("/\\:") or "root" for part in _root(clip).parts]
     names = (printable("/".join(parts[-depth:])) for depth in range(clip.source.count("/") + 2, len(parts) + 1))
     name = next((name for name in names if places.get(name, place) == place), None)
     number = 2
