@@ -203,8 +203,7 @@ def test_a_command_that_is_wrong_is_found(line, stops_when_parsed, monkeypatch):
 
 
 def test_readme_names_every_command_of_uscl_hub():
-    (known,) = (action.choices for action in cli.parser()._actions if action.choices)
-    for name in known:
+    for name in cli.COMMANDS:
         assert re.search(rf"uscl-hub {name}\b|`{name}`", read("README.md")), name
 
 

@@ -205,30 +205,25 @@ def _positive(text: str) -> int:
     return value
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser("uscl-hub", description="Ultrasound backbones: inspect, use, convert and share them.")
-    top.add_argument("--version", action="version", version=f"uscl-hub {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def _what(sub, help="released name, exported folder, .safetensors file, or Hub id org/name"):
+    sub.add_argument("what", metavar="NAME|PATH|ORG/NAME", help=help)
+    sub.add_argument("--revision", help="branch, tag or commit on the Hub")
 
-    def command(name, function, help):
-        sub = commands.add_parser(name, help=help, description=help)
-        sub.set_defaults(function=function)
-        sub.add_argument("--json", action="store_true", help="print JSON for programs")
-        return sub
 
-    def what(sub, help="released name, exported folder, .safetensors file, or Hub id org/name"):
-        sub.add_argument("what", metavar="NAME|PATH|ORG/NAME", help=help)
-        sub.add_argument("--revision", help="branch, tag or commit on the Hub")
+def _model(sub):
+    sub.add_argument("--name", default="meta_uscl_resnet18", help="model name (default: %(default)s)")
 
-    def model(sub):
-        sub.add_argument("--name", default="meta_uscl_resnet18", help="model name (default: %(default)s)")
 
-    command("list", _list, "List the released checkpoints.")
-    what(command("info", _info, "Show what a checkpoint is."))
-    sub = command("verify", _verify, "Check a checkpoint's schema, hash, keys, shapes, values and provenance.")
-    what(sub)
-    model(sub)
-    sub = command("convert", _convert, "Convert the authors' .pth checkpoint into a folder that timm loads.")
+def _list_arguments(sub):
+    """It has none."""
+
+
+def _verify_arguments(sub):
+    _what(sub)
+    _model(sub)
+
+
+def _convert_arguments(sub):
     sub.add_argument("source", type=Path, metavar="OFFICIAL.pth")
     sub.add_argument("out", type=Path, help="new folder")
     sub.add_argument(
@@ -237,15 +232,19 @@ def parser() -> argparse.ArgumentParser:
         help="what it was trained with: 0.18/0.24 or the older 0.5/0.25 (default: by the file's heads)",
     )
     sub.add_argument("--px", type=_positive, default=224, help="input size to recommend (default: %(default)s)")
-    sub = command("push", _push, "Upload an exported folder to the Hugging Face Hub.")
+
+
+def _push_arguments(sub):
     sub.add_argument("path", type=Path, help="exported folder")
     sub.add_argument("repo", metavar="org/name")
     sub.add_argument("--private", action="store_true", help="make a new repository private")
     sub.add_argument("--revision", help="branch to upload to (default: main)")
-    sub = command("embed", _embed, "Compute features of images, videos and DICOM files.")
+
+
+def _embed_arguments(sub):
     sub.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="files and folders, any mix")
     sub.add_argument("-o", "--output", type=Path, required=True, help="features.parquet")
-    model(sub)
+    _model(sub)
     sub.add_argument("--checkpoint", help="released tag, file, folder or Hub id (default: the default release)")
     sub.add_argument("--revision", help="branch, tag or commit on the Hub")
     sub.add_argument("--stride", type=_positive, default=1, help="take every n-th frame (default: %(default)s)")
@@ -264,18 +263,47 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--batch-size", type=_positive, default=64)
     sub.add_argument("--device", default="cpu")
-    sub = command("search", _search, "Find the clips most similar to one.")
+
+
+def _search_arguments(sub):
     sub.add_argument("query", help="image, video, DICOM file or folder of frames; or a clip id of the table")
     sub.add_argument("features", type=Path, help="features.parquet of `uscl-hub embed`")
     sub.add_argument("-k", type=_positive, default=5, help="clips to show (default: %(default)s)")
     sub.add_argument("--sheet", type=Path, help="write a contact sheet to this PNG")
     sub.add_argument("--device", default="cpu")
-    sub = command("export", _export, "Write the model for deployment, and check it against PyTorch.")
-    what(sub)
-    model(sub)
+
+
+def _export_arguments(sub):
+    _what(sub)
+    _model(sub)
     sub.add_argument("-o", "--output", type=Path, required=True)
     sub.add_argument("--format", choices=["onnx", "torch-export"], required=True)
     sub.add_argument("--frames", type=Path, help="image, video, DICOM file or folder to check on (default: simulated)")
+
+
+# name: what it does, what adds its arguments, its help. What it does returns what --json prints and the lines of text.
+COMMANDS = {
+    "list": (_list, _list_arguments, "List the released checkpoints."),
+    "info": (_info, _what, "Show what a checkpoint is."),
+    "verify": (_verify, _verify_arguments, "Check a checkpoint's schema, hash, keys, shapes, values and provenance."),
+    "convert": (_convert, _convert_arguments, "Convert the authors' .pth checkpoint into a folder that timm loads."),
+    "push": (_push, _push_arguments, "Upload an exported folder to the Hugging Face Hub."),
+    "embed": (_embed, _embed_arguments, "Compute features of images, videos and DICOM files."),
+    "search": (_search, _search_arguments, "Find the clips most similar to one."),
+    "export": (_export, _export_arguments, "Write the model for deployment, and check it against PyTorch."),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `uscl-hub` and of all its COMMANDS."""
+    top = argparse.ArgumentParser("uscl-hub", description="Ultrasound backbones: inspect, use, convert and share them.")
+    top.add_argument("--version", action="version", version=f"uscl-hub {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (function, add_arguments, help) in COMMANDS.items():
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(function=function)
+        sub.add_argument("--json", action="store_true", help="print JSON for programs")
+        add_arguments(sub)
     return top
 
 
