@@ -31,7 +31,10 @@ def demo(tmp_path_factory):
 
 @pytest.fixture
 def tiny(demo, tmp_path):
-    """Makes the settings of a training of seconds: `tiny(method='uscl', optim={'steps': 3})`."""
+    """Makes the settings of a training of seconds: `tiny(method='uscl', optim={'steps': 3})`.
+
+    All trainings share the frame cache of `demo`: one with frames of another size names a cache of its own.
+    """
     from training.config import Config, Data, Model, Optim
 
     base = Config(
@@ -52,7 +55,8 @@ def tiny(demo, tmp_path):
         groups = {k: replace(getattr(base, k), **v) if isinstance(v, dict) else v for k, v in changes.items()}
         return replace(base, **groups)
 
-    return make
+    yield make
+    assert [path.name[:5] for path in (demo / "cache").iterdir()] == ["40px-"], "other frames in the shared cache"
 
 
 @pytest.fixture(scope="session")
