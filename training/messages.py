@@ -11,7 +11,7 @@ import threading
 from pathlib import PurePosixPath, PureWindowsPath
 
 from training import distributed
-from uscl_hub.errors import UserError
+from uscl_hub.errors import UserError, printable
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -25,8 +25,7 @@ def say(message: str) -> None:
 
 def one_line(error: BaseException | str) -> str:
     """The message without line breaks; other characters that a terminal would obey are written out, as \\x1b."""
-    text = " ".join(str(error).split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(" ".join(str(error).split()))
 
 
 def markdown(text: object) -> str:

@@ -28,6 +28,7 @@ from uscl_hub.checkpoints import (  # noqa: E402
     sha256,
 )
 from uscl_hub.files import write_json, write_whole  # noqa: E402
+from uscl_hub.tensors import not_finite  # noqa: E402
 
 MAX_BYTES = 25_000_000  # of a file in the wheel
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -74,7 +75,7 @@ def main(settings: Release, weights: Path = registry.WEIGHTS) -> str:
 
     state = load_tensors(run / "export" / WEIGHTS_NAME)
     state = {k: v.to(DTYPES[settings.dtype]) if v.is_floating_point() else v for k, v in state.items()}
-    if bad := [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]:
+    if bad := not_finite(state):
         raise CheckpointError(f"{run}: {bad[0]} is not finite in {settings.dtype}; use --dtype fp32")
     file = weights / f"{name}.safetensors"
     write_whole(file, lambda path: save_tensors(state, path))

@@ -146,7 +146,7 @@ class UltrasoundDataset(Dataset):
                     if len(held) * frame.nbytes > KEEP_BYTES and len(held) > max(SAMPLES, self.frames_per_clip):
                         held, step = held[::2], 2 * step
         except UnreadableClip as error:
-            raise LabelError(f"{error}. Mend it or leave it out") from error
+            raise LabelError(f"{error}. Repair it or leave it out") from error
         looked_at = sample(held)
         whole = Region(0, looked_at.shape[1], 0, looked_at.shape[2])
         return held, whole if self.crop == "none" else detect_region(looked_at)

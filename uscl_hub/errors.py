@@ -1,4 +1,4 @@
-"""Errors that a person using the product can mend."""
+"""Errors that the user can correct."""
 
 
 class UserError(Exception):

@@ -3,7 +3,6 @@
 Every error is a CheckpointError that names the file and says what to do. Nothing here ever unpickles.
 """
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -165,14 +164,6 @@ def not_finite(state_dict: dict[str, torch.Tensor]) -> list[str]:
             if not (low >= -MAX_WEIGHT and high <= MAX_WEIGHT):  # also where they are NaN
                 bad.append(name)
     return bad
-
-
-def state_sha256(model) -> str:
-    """Hex SHA-256 of a model's state dict: names and values, in its order."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def save_tensors(state_dict: dict[str, torch.Tensor], path) -> None:

@@ -105,7 +105,7 @@ def test_end_to_end_on_real_files(scans, tiny, tmp_path, capsys):
     for name in ("loss", "weights", "similarity_and_weight"):
         assert min(Image.open(out / "figures" / f"{name}.png").size) > 300
 
-    # Export: the trained weights, through three doors.
+    # Export: the trained weights, loaded in three ways.
     path, checkpoint = out / "export", torch.load(out / "checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 7
     backbone = timm.create_model("resnet18", num_classes=0).eval()

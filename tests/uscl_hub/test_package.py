@@ -106,8 +106,8 @@ def test_no_release_is_an_error_not_random_weights(tmp_path):
     (tmp_path / "uscl_hub/weights/registry.json").write_text("{}")
     code = """
 import timm, uscl_hub
-for door in (lambda: timm.create_model("meta_uscl_resnet18", pretrained=True), uscl_hub.load_meta_uscl_backbone):
-    try: door()
+for load in (lambda: timm.create_model("meta_uscl_resnet18", pretrained=True), uscl_hub.load_meta_uscl_backbone):
+    try: load()
     except RuntimeError as e: assert "no pretrained weights" in str(e) and "pretrained=False" in str(e), e
     else: raise SystemExit("random weights")
 """

@@ -5,43 +5,15 @@ import json
 import subprocess
 from pathlib import Path
 
-import timm
-import torch
-
 import uscl_hub
 from training.data.groups import fingerprint  # noqa: F401  (its name here since version 0.1)
 from training.messages import markdown
 from uscl_hub.checkpoints import save_tensors, sha256
 from uscl_hub.files import write_text, write_whole
-from uscl_hub.preprocess import MEAN, STD
-from uscl_hub.registry import plain_name
+from uscl_hub.registry import make_cfg, plain_name
+from uscl_hub.tensors import not_finite
 
 LICENCE_OF_CODE = "apache-2.0"
-
-
-def pretrained_cfg(name, size):
-    """A full timm `pretrained_cfg`: what is left out, timm would fill in from its own checkpoint's."""
-    cfg = timm.get_pretrained_cfg(plain_name(name))
-    return {
-        "tag": "meta_uscl",
-        "input_size": [3, size, size],
-        "test_input_size": None,
-        "fixed_input_size": bool(cfg.fixed_input_size) if cfg else False,
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
-        "test_crop_pct": None,
-        "crop_mode": "squash",
-        "mean": [MEAN] * 3,
-        "std": [STD] * 3,
-        "num_classes": 0,
-        "pool_size": None,
-        "first_conv": cfg.first_conv if cfg else None,
-        "classifier": cfg.classifier if cfg else None,
-        "paper_ids": "arXiv:2212.04097",
-        "paper_name": "Generating and Weighting Semantically Consistent Sample Pairs for Ultrasound "
-        "Contrastive Learning",
-        "origin_url": "https://github.com/Schuture/Meta-USCL",
-    }
 
 
 def code_version():
@@ -67,8 +39,7 @@ def export(backbone, name, size, folder, provenance):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = backbone.state_dict()
-    bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
-    if bad:
+    if bad := not_finite(state):
         raise ValueError(f"export: weights are not finite in {', '.join(bad[:5])}: nothing is written")
     write_whole(folder / "model.safetensors", lambda path: save_tensors(state, path))
     digest = sha256(folder / "model.safetensors")
@@ -82,7 +53,7 @@ def export(backbone, name, size, folder, provenance):
         "architecture": plain_name(name),
         "num_classes": 0,
         "num_features": backbone.num_features,
-        "pretrained_cfg": pretrained_cfg(name, size),
+        "pretrained_cfg": make_cfg(size, architecture=plain_name(name), tag="meta_uscl"),
         "uscl_hub": provenance,
     }
     write_text(folder / "config.json", json.dumps(config, indent=2))

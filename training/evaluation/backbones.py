@@ -88,14 +88,14 @@ def load_backbone(spec: str, seed: int = 0, px: int = 0) -> Backbone:
 def _create(spec: str, untrained: bool, seed: int, px: int) -> tuple[nn.Module, dict | None]:
     if Path(spec).is_dir():
         config = check_folder(spec)
-        size = _img_size(config["architecture"], px)
+        size = models.size_arguments(config["architecture"], px)
         model = timm.create_model(f"local-dir:{Path(spec).resolve()}", pretrained=True, num_classes=0, **size)
         return model, config.get("uscl_hub")
     if spec.startswith(("random:", "timm:")):
         architecture = spec.split(":")[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            size = _img_size(architecture, px)
+            size = models.size_arguments(architecture, px)
             return timm.create_model(architecture, pretrained=not untrained, num_classes=0, **size), None
     if is_imagenet(spec):
         found = imagenet.load(spec.partition(":")[2] or "lite0")
@@ -108,12 +108,6 @@ def _create(spec: str, untrained: bool, seed: int, px: int) -> tuple[nn.Module, 
         f"backbone {spec!r} is neither a folder nor random:NAME, timm:NAME, timm:NAME:pretrained, "
         "imagenet[:lite0] or meta_uscl_NAME[.tag], each with @PX for an input size of its own"
     )
-
-
-def _img_size(architecture: str, px: int) -> dict:
-    """Vision transformers are built for one input size."""
-    cfg = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
-    return {"img_size": px} if px and cfg is not None and cfg.fixed_input_size else {}
 
 
 def weights_sha(model: nn.Module) -> str:

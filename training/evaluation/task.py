@@ -12,7 +12,7 @@ from uscl_hub.files import sha256
 
 
 class EvaluationError(UserError):
-    """Something in an evaluation's settings or data that the user can mend."""
+    """Something in an evaluation's settings or data that the user can correct."""
 
 
 class TaskError(EvaluationError):
@@ -105,5 +105,5 @@ def check_excluded(task: Task, max_excluded: float):
         listing = "\n".join(f"  {name}: {reason}" for name, reason in task.excluded[:20])
         raise TaskError(
             f"{task.title}: {len(task.excluded)} of {task.found} files cannot be used, more than "
-            f"--max-excluded {max_excluded:g} allows; mend them or raise it:\n{listing}"
+            f"--max-excluded {max_excluded:g} allows; repair them or raise it:\n{listing}"
         )

@@ -14,6 +14,7 @@ from uscl_hub.checkpoints import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, save_tens
 from uscl_hub.deploy import forget_paths
 from uscl_hub.errors import UserError
 from uscl_hub.files import sha256, write_whole
+from uscl_hub.tensors import not_finite
 from uscl_hub.unet import UNet
 
 ONNX_NAME = "model.onnx"
@@ -31,7 +32,7 @@ def write(folder: Path, model: torch.nn.Module, setting: Setting, result: dict) 
         UserError: a weight is not finite; nothing is written.
     """
     state = model.state_dict()
-    if bad := [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]:
+    if bad := not_finite(state):
         raise UserError(f"export: weights are not finite in {', '.join(bad[:5])}: nothing is written")
     write_whole(folder / WEIGHTS_NAME, lambda path: save_tensors(state, path))
     config = _config(setting, model, result, sha256(folder / WEIGHTS_NAME))

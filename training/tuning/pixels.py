@@ -58,7 +58,7 @@ def _frames(item: Item, px: int, crop: str) -> np.ndarray:
     try:
         frames = read_clip(item.clip, px, crop=crop)
     except UnreadableClip as error:
-        raise LabelError(f"{error}. Mend it or leave it out") from error
+        raise LabelError(f"{error}. Repair it or leave it out") from error
     return frames.images[frame_numbers(len(frames.images), frames.fps, RATE)]
 
 
@@ -67,6 +67,6 @@ def _pair(item: Item, px: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         image = decode(item.clip, max_frames=1)[0][0]
     except UnreadableClip as error:
-        raise LabelError(f"{error}. Mend it or leave it out") from error
+        raise LabelError(f"{error}. Repair it or leave it out") from error
     mask = read_mask(item, image.shape)
     return resize(image, px), resize(mask.astype(np.uint8) * 255, px) > 127

@@ -1,4 +1,4 @@
-"""Find the moving ultrasound image in a clip; crop or blank the static screen furniture around it.
+"""Find the moving ultrasound image in a clip; crop or blank the scanner's static screen around it.
 
 Tissue under a hand-held probe and electronic noise change from frame to frame; a scanner's user interface, burned-in
 text, calipers and borders do not. The temporal variation therefore separates them. Where it does not (a still image,
@@ -15,7 +15,7 @@ from scipy import ndimage
 
 SAMPLES = 32  # frames looked at, evenly spread over the clip
 _WORKING = 320  # pixels of the longer side of the map on which the region is found
-_FURNITURE = 24  # grey levels from which something static is worth removing
+_BRIGHT = 24  # grey levels from which something static is worth removing
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ def detect_region(frames: np.ndarray) -> Region:
     outside = content.copy()
     outside[top // step : -(-bottom // step), left // step : -(-right // step)] = 0
     mask = _mask(area, content, step, (height, width), (top, bottom, left, right))
-    if mask is None and outside.max() <= _FURNITURE and (bottom - top) * (right - left) > 0.7 * height * width:
+    if mask is None and outside.max() <= _BRIGHT and (bottom - top) * (right - left) > 0.7 * height * width:
         return whole  # nothing to be rid of: a shadow at the edge of an image cropped before is not a border
     return Region(int(top), int(bottom), int(left), int(right), mask)
 
 
 def apply_region(frames: np.ndarray, region: Region, mode: str = "crop") -> np.ndarray:
-    """frames: uint8 (..., H, W). 'crop': the box alone, black where the box holds static furniture beside the image
-    area; 'blank': the whole frame, black outside the image area; 'none': unchanged."""
+    """frames: uint8 (..., H, W). 'crop': the box alone, black where the box holds static parts of the screen
+    beside the image area; 'blank': the whole frame, black outside the image area; 'none': unchanged."""
     if mode == "none":
         return frames
     if mode not in ("crop", "blank"):
@@ -198,7 +198,7 @@ def _mask(area, content, step, shape, box) -> np.ndarray | None:
     hull = _hull(ndimage.binary_dilation(area, iterations=2))
     top, bottom, left, right = (x // step for x in (box[0], box[1] + step - 1, box[2], box[3] + step - 1))
     outside = ~hull[top:bottom, left:right]
-    if not (content[top:bottom, left:right][outside] > _FURNITURE).any():
+    if not (content[top:bottom, left:right][outside] > _BRIGHT).any():
         return None
     return np.repeat(np.repeat(hull, step, 0), step, 1)[: shape[0], : shape[1]]
 

@@ -63,7 +63,7 @@ def cluster(found: Labels) -> Labels:
     with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
         first = list(pool.map(_first_frame, found.items))
     if bad := [str(result) for result in first if isinstance(result, UnreadableClip)]:
-        raise LabelError(f"{len(bad)} file(s) cannot be read, the first: {bad[0]}. Mend them or leave them out")
+        raise LabelError(f"{len(bad)} file(s) cannot be read, the first: {bad[0]}. Repair them or leave them out")
     clusters = near_duplicates(first)
     items = tuple(replace(item, group=found.items[c].id) for item, c in zip(found.items, clusters))
     found = replace(found, items=items)

@@ -1,4 +1,4 @@
-"""The exported folder: three doors to the same features, nothing private in it, nothing half written."""
+"""The exported folder: three ways to load the same features, nothing private in it, nothing half written."""
 
 import hashlib
 import json
@@ -52,15 +52,15 @@ def images():
 
 
 @torch.no_grad()
-def test_three_doors_give_equal_features(folder, images):
+def test_three_ways_give_equal_features(folder, images):
     expected = trained()(images)
     assert expected.std() > 0.01
-    doors = {
+    ways = {
         "timm": timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval(),
         "torch.hub": torch.hub.load(str(ROOT), "meta_uscl_resnet18", source="local", checkpoint=str(folder)),
         "uscl_hub": uscl_hub.load_meta_uscl_backbone("meta_uscl_resnet18", checkpoint=folder),
     }
-    for name, model in doors.items():
+    for name, model in ways.items():
         assert not model.training
         assert (model(images) - expected).abs().max() == 0, name
 

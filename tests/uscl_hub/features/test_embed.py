@@ -71,7 +71,7 @@ def test_embed_then_search(capsys, folder, scans, tmp_path):
     assert set(pooled) == {"scans/a.gif", "scans/frames/f#.png", "scans/still.png"}
     frames = [r for r in table if r["level"] == "frame" and r["clip"] == "scans/a.gif"]
     assert [r["frame"] for r in frames] == list(range(7)) and frames[3]["time"] == pytest.approx(0.3)
-    # the same features as by hand, through the public doors
+    # the same features as by hand, with the public functions
     model = uscl_hub.load_meta_uscl_backbone(checkpoint=folder)
     transform = uscl_hub.create_transform(model)
     clip = next(c for c in find_clips([scans]) if c.id == "scans/a.gif")

@@ -29,7 +29,7 @@ def write_demo(out: Path | str, clips: int, frames: int, size: int, seed: int) -
 
 
 def add_interface(movie: np.ndarray, seed: int) -> np.ndarray:
-    """uint8 (T, H, W) on a larger canvas, even in both sides, with the static furniture of a scanner's screen."""
+    """uint8 (T, H, W) on a larger canvas, even in both sides, with the static parts of a scanner's screen."""
     from PIL import Image, ImageDraw, ImageFont
 
     rng = np.random.default_rng([seed, 5])
