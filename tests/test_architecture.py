@@ -58,6 +58,49 @@ def test_a_broken_arrow_is_found(module, line, broken, tmp_path):
     assert any(text.startswith(broken) and "BROKEN" in text for text in said.splitlines()), said
 
 
+DOCUMENTED = {"_exit"}  # os._exit
+MOVING = {"tests/uscl_hub/features/test_embed.py"}  # to become empty
+
+
+def private_names(source):
+    """(line, name) of every private name of another module or object that Python source uses, imports or replaces."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+            names = [node.attr]
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
+            names = [
+                a.value.rpartition(".")[2]
+                for a in node.args
+                if isinstance(a, ast.Constant) and isinstance(a.value, str)
+            ]
+        found += [
+            (node.lineno, n) for n in names if n.startswith("_") and not n.startswith("__") and n not in DOCUMENTED
+        ]
+    return found
+
+
+def test_tests_use_public_names():
+    files = [path for path in (ROOT / "tests").rglob("*.py") if str(path.relative_to(ROOT)) not in MOVING]
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in files
+        for line, name in private_names(path.read_text(encoding="utf-8"))
+    ]
+    assert len(files) > 50 and not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "line", ["a._b()", "from a import _b", "import a._b", "monkeypatch.setattr(a, '_b', 1)", "m.setattr('a._b', 1)"]
+)
+def test_a_private_name_is_found(line):
+    assert private_names(line) == [(1, "_b")] and not private_names(line.replace("_b", "b"))
+    assert not private_names("self._b = a.__name__")
+
+
 def test_the_tree_of_tests_is_that_of_the_code():
     for folder in {
         path.parent for package in ("uscl_hub", "training") for path in (ROOT / "tests" / package).rglob("*.py")

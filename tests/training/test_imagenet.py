@@ -23,7 +23,7 @@ needs_lite0 = pytest.mark.skipif(not installed("lite0"), reason="needs the extra
 
 
 def theirs(name):
-    return torch.load(imagenet._path(name), weights_only=True)
+    return torch.load(imagenet.weights_path(name), weights_only=True)
 
 
 @pytest.mark.parametrize("name, px", [("lite0", 224), ("lite1", 240), ("lite2", 260)])
@@ -33,7 +33,7 @@ def test_every_tensor_is_in_its_place(name, px):
     found, whole = imagenet.load(name), timm.create_model(f"tf_efficientnet_{name}").eval()
     assert (found.mean, found.std, found.px) == ((0.5,) * 3, (0.5,) * 3, px) and not found.model.training
     tensors = theirs(name)
-    assert found.sha256.startswith(imagenet._path(name).stem[-8:])
+    assert found.sha256.startswith(imagenet.weights_path(name).stem[-8:])
     in_order = dict(zip(whole.state_dict(), tensors.values()))  # both implementations build in the same order
     whole.load_state_dict(in_order)
     state = found.model.state_dict()
@@ -59,18 +59,18 @@ def test_other_tensors_are_refused(change, message, tmp_path, monkeypatch):
     tensors = theirs("lite0")
     change(tensors)
     torch.save(tensors, tmp_path / "weights.pth")
-    monkeypatch.setattr(imagenet, "_path", lambda name: tmp_path / "weights.pth")
+    monkeypatch.setattr(imagenet, "weights_path", lambda name: tmp_path / "weights.pth")
     with pytest.raises(UserError, match=message):
         imagenet.load()
 
 
 @needs_lite0
 def test_a_damaged_file_is_refused(tmp_path, monkeypatch):
-    path = Path(shutil.copy(imagenet._path("lite0"), tmp_path))
+    path = Path(shutil.copy(imagenet.weights_path("lite0"), tmp_path))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    monkeypatch.setattr(imagenet, "_path", lambda name: path)
+    monkeypatch.setattr(imagenet, "weights_path", lambda name: path)
     with pytest.raises(UserError, match="is damaged"):
         imagenet.load()
     path = path.rename(tmp_path / "other.pth")

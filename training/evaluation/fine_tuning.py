@@ -13,6 +13,7 @@ from training.evaluation.backbones import Backbone
 from training.evaluation.features import compute, to_input
 from training.evaluation.task import EvaluationError
 from training.method.fast_convolution import FastWeightGradients
+from uscl_hub.models import width
 
 
 @dataclass
@@ -60,15 +61,14 @@ def before_last_block(backbone: Backbone, images: np.ndarray, device: str) -> to
         handle.remove()
 
 
-class _Classifier(nn.Module):
+class Classifier(nn.Module):
     """A copy of the backbone, or of its last block and what follows, with a new linear head."""
 
     def __init__(self, model: nn.Module, classes: int, last: bool):
         super().__init__()
         model = copy.deepcopy(model)
         self.body, self.after = last_block(model) if last else (model, nn.Identity())
-        # some heads (MobileNetV3) widen the pooled features
-        self.head = nn.Linear(getattr(model, "head_hidden_size", None) or model.num_features, classes)
+        self.head = nn.Linear(width(model), classes)
 
     def forward(self, x):
         return self.head(self.after(self.body(x)))
@@ -106,7 +106,7 @@ def finetune(
     prepare = (lambda x: x.to(device)) if last else (lambda x: to_input(x, backbone).to(device))
     with torch.random.fork_rng(devices=[]), FastWeightGradients():
         torch.manual_seed(tuning.seed)
-        model = _Classifier(backbone.model, tuning.outputs, last)
+        model = Classifier(backbone.model, tuning.outputs, last)
         model = model.to(device, memory_format=torch.channels_last).train()
         optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)

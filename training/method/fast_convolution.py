@@ -37,11 +37,11 @@ def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
             for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation)
         ]
         if 0 < sides[0] * sides[1] <= PIXELS and min(sides) > 0:
-            return _Convolution.apply(x, weight, bias, (stride, padding, dilation))
+            return ConvolutionByProduct.apply(x, weight, bias, (stride, padding, dilation))
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
-class _Convolution(torch.autograd.Function):
+class ConvolutionByProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, geometry):
         ctx.save_for_backward(x, weight)

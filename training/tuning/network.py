@@ -77,7 +77,7 @@ def train(setting: Setting, recipe: Recipe, items: np.ndarray, epochs: int, chec
         for epoch in range(epochs):
             model.train()
             freeze(model, recipe.depth)
-            frames = _epoch(setting, items, torch.initial_seed() + epoch)
+            frames = epoch_frames(setting, items, torch.initial_seed() + epoch)
             for index in np.array_split(frames, steps):  # equal batches: batch norm has no statistics of one left over
                 schedule.step_update(step)
                 loss = _step(model, setting, index, optimizer, scaler)
@@ -151,7 +151,7 @@ def in_epoch(setting: Setting, items: np.ndarray) -> int:
     return once * max(1, round(DRAWS / once))
 
 
-def _epoch(setting: Setting, items: np.ndarray, seed: int) -> np.ndarray:
+def epoch_frames(setting: Setting, items: np.ndarray, seed: int) -> np.ndarray:
     """The frames of one epoch, int (in_epoch,), shuffled."""
     rng = np.random.default_rng(seed)
     frames, chosen = [np.flatnonzero(setting.pixels.item == item) for item in items], []

@@ -101,7 +101,7 @@ def run(config: Config) -> dict:
         raise UserError("crop: masks are of the whole image; leave --crop at 'none'")
     for line in (about(found), imbalance(found), *found.notes):
         say(line)
-    settings = _settings(config, found, out / "cache")
+    settings = make_settings(config, found, out / "cache")
     key = [
         VERSION,
         found.sha(),
@@ -168,7 +168,7 @@ def _test(config: Config, found: Labels) -> Labels:
     return test
 
 
-def _settings(config: Config, found: Labels, cache: Path) -> list[Setting]:
+def make_settings(config: Config, found: Labels, cache: Path) -> list[Setting]:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     described, settings = problem.describe(found), []
     for spec in config.backbones or (next(iter(models.releases())),):

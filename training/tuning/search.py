@@ -71,7 +71,7 @@ def try_all(settings: list[Setting], folds: np.ndarray, plan: Plan, cache: Path,
     tried = []
     if not first.epochs:
         for setting in settings:
-            tried.append(_try(setting, first, folds, plan, cache))
+            tried.append(try_out(setting, first, folds, plan, cache))
             say(summary(tried[-1]))
         order = sorted(range(len(settings)), key=lambda i: -_value(tried[i], tried[i].best))
         settings = [settings[i] for i in order]
@@ -85,7 +85,7 @@ def try_all(settings: list[Setting], folds: np.ndarray, plan: Plan, cache: Path,
         decision, found = plan.decide(name, {n: cost[n] for n in _from(name, waiting) if cost[n]}, not tried), None
         while decision["epochs"] and found is None:
             say(f"{name}: {decision['epochs']} epochs, about {decision['seconds'] / 60:.1f} min ({decision['why']})")
-            found = _try(setting, replace(recipe, epochs=decision["epochs"]), folds, plan, cache)
+            found = try_out(setting, replace(recipe, epochs=decision["epochs"]), folds, plan, cache)
             decision = plan.decisions[name]
         if found is not None:
             tried.append(found)
@@ -119,7 +119,7 @@ def _value(tried: Tried, stop: int, among: np.ndarray | slice = slice(None)) -> 
     return scores.value(tried.setting.problem, targets, tried.items[stop][among])
 
 
-def _try(setting: Setting, recipe: Recipe, folds: np.ndarray, plan: Plan, cache: Path) -> Tried | None:
+def try_out(setting: Setting, recipe: Recipe, folds: np.ndarray, plan: Plan, cache: Path) -> Tried | None:
     """All folds of one recipe; None if it is so slow that the plan has decided anew."""
     started, name = time.monotonic(), _name(setting, recipe)
     parts, each, count = [], max(1, recipe.epochs), folds.max() + 1
@@ -127,7 +127,7 @@ def _try(setting: Setting, recipe: Recipe, folds: np.ndarray, plan: Plan, cache:
     try:
         with tqdm(total=count * each, desc=left, unit="epoch", leave=False) as bar:
             for fold in range(count):
-                parts.append(_fold(setting, recipe, folds, fold, (cache, bar)))
+                parts.append(fold_logits(setting, recipe, folds, fold, (cache, bar)))
                 bar.n = (fold + 1) * each
                 bar.refresh()
                 used, rest, last = time.monotonic() - started, count - fold - 1, count / (count - 1)
@@ -161,8 +161,10 @@ def _stops(recipe: Recipe) -> list[float]:
     return [float(e) for e in range(1, recipe.epochs + 1) if e % every == 0 or e == recipe.epochs]
 
 
-def _fold(setting: Setting, recipe: Recipe, folds: np.ndarray, fold: int, progress) -> tuple[np.ndarray, np.ndarray]:
-    """The frames of one fold, int (n,), and their logits at every stop, (stops, n, ...), from the other folds."""
+def fold_logits(
+    setting: Setting, recipe: Recipe, folds: np.ndarray, fold: int, progress
+) -> tuple[np.ndarray, np.ndarray]:
+    """The frames of a fold, int (n,), and their logits at every stop, (stops, n, ...), from the other folds."""
     cache, bar = progress
     backbone, pixels = setting.backbone, setting.pixels
     items = np.flatnonzero(folds != fold)
@@ -172,9 +174,9 @@ def _fold(setting: Setting, recipe: Recipe, folds: np.ndarray, fold: int, progre
 
     def make():
         if not recipe.epochs:
-            x = _features(setting, cache)
+            x = frozen_features(setting, cache)
             train = pixels.frames_of(items)
-            heads = [_head(setting, x, train, c) for c in _stops(recipe)]
+            heads = [fit_head(setting, x, train, c) for c in _stops(recipe)]
             return {"logits": np.stack([x[0][frames] @ w.T + b for w, b in heads]).astype(np.float32)}
         stops, out = _stops(recipe), []
 
@@ -189,13 +191,15 @@ def _fold(setting: Setting, recipe: Recipe, folds: np.ndarray, fold: int, progre
     return frames, cached(cache, [*described, folds.tolist(), fold], make)["logits"]
 
 
-def _features(setting: Setting, cache: Path) -> np.ndarray:
+def frozen_features(setting: Setting, cache: Path) -> np.ndarray:
+    """What a frozen backbone gives for every frame, augmented and not: see `frozen.features`; kept in `cache`."""
     backbone = setting.backbone
     described = ["frozen", backbone.sha, backbone.mean, backbone.std, setting.pixels.key]
     return cached(cache, described, lambda: {"x": frozen.features(backbone, setting.pixels, setting.device)})["x"]
 
 
-def _head(setting: Setting, x: np.ndarray, frames: np.ndarray, c: float) -> tuple[np.ndarray, np.ndarray]:
+def fit_head(setting: Setting, x: np.ndarray, frames: np.ndarray, c: float) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and bias of a linear head on frozen features of `frames`, with the shrinkage 1 / c."""
     item = setting.pixels.item[frames]
     target = setting.problem.encode(setting.found.targets)[item]
     return frozen.fit(setting.problem, x[:, frames], target, 1 / np.bincount(item)[item], c)
@@ -243,7 +247,7 @@ def train_on_all(tried: Tried, plan: Plan, cache: Path) -> torch.nn.Module:
             torch.manual_seed(setting.seed)
             model = network.build(setting.backbone, setting.problem)
         frozen.install(
-            model, *_head(setting, _features(setting, cache), np.arange(len(setting.pixels.item)), tried.stop)
+            model, *fit_head(setting, frozen_features(setting, cache), np.arange(len(setting.pixels.item)), tried.stop)
         )
     else:
         with tqdm(total=int(tried.stop), desc="training on everything", unit="epoch", leave=False) as bar:

@@ -36,8 +36,14 @@ def checkpoint(out):
     return torch.load(f"{out}/checkpoint.pt", weights_only=True)
 
 
+def leaves(tree):
+    if not isinstance(tree, (dict, list, tuple)):
+        return [tree]
+    return [leaf for part in (tree.values() if isinstance(tree, dict) else tree) for leaf in leaves(part)]
+
+
 def equal(a, b):
-    flat = [torch.utils._pytree.tree_leaves({k: v for k, v in c.items() if k != "fixed"}) for c in (a, b)]
+    flat = [leaves({k: v for k, v in c.items() if k != "fixed"}) for c in (a, b)]
     return all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(*flat, strict=True))
 
 

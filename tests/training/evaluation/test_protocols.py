@@ -201,7 +201,7 @@ def test_before_and_after_the_last_block_is_the_whole_model(name):
     found = load_backbone(f"random:{name}", 0, 32)
     images, _ = bright_or_dark(3)
     entering = fine_tuning.before_last_block(found, images, "cpu")
-    classifier = fine_tuning._Classifier(found.model, 2, last=True).eval()
+    classifier = fine_tuning.Classifier(found.model, 2, last=True).eval()
     with torch.inference_mode():
         whole = classifier.head(found.model(protocols.to_input(images, found)))
         assert torch.allclose(classifier(entering), whole, atol=1e-4)
@@ -223,8 +223,8 @@ def test_last_three_is_the_paper_s(monkeypatch):
             super().step()
 
     monkeypatch.setattr(torch.optim, "Adam", Spy)
-    forward = fine_tuning._Classifier.forward
-    monkeypatch.setattr(fine_tuning._Classifier, "forward", lambda s, x: (sizes.append(len(x)), forward(s, x))[1])
+    forward = fine_tuning.Classifier.forward
+    monkeypatch.setattr(fine_tuning.Classifier, "forward", lambda s, x: (sizes.append(len(x)), forward(s, x))[1])
     x = torch.rand(256, 512, 1, 1)
     recipe = FineTune(epochs=4, lr=0.01, batch=128)
     fine_tuning.finetune(backbone, Tuning(True, recipe, 2, 0, "cpu"), x, np.arange(256) % 2, x[:2])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.method.fast_convolution import PIXELS, FastWeightGradients, _Convolution, conv2d
+from training.method.fast_convolution import PIXELS, ConvolutionByProduct, FastWeightGradients, conv2d
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -26,7 +26,7 @@ def test_gradients_are_torchs(size, kernel, options, bias, layout):
     weight = torch.randn(7, 6, *kernel, dtype=torch.float64).to(memory_format=layout).requires_grad_()
     inputs = [x, weight, *([torch.randn(7, dtype=torch.float64, requires_grad=True)] if bias else [])]
     ours, theirs = conv2d(*inputs, **options), F.conv2d(*inputs, **options)
-    assert type(ours.grad_fn).__name__ == "_ConvolutionBackward"  # else this test compares torch with itself
+    assert type(ours.grad_fn).__name__ == "ConvolutionByProductBackward"  # else this test compares torch with itself
     assert torch.equal(ours, theirs)
     cotangent = torch.randn_like(theirs)
     for a, b in zip(torch.autograd.grad(ours, inputs, cotangent), torch.autograd.grad(theirs, inputs, cotangent)):
@@ -41,7 +41,7 @@ def test_a_channel_slice_of_a_larger_tensor_keeps_its_offset():
 
 
 def test_what_the_product_does_not_serve_is_torchs_own(monkeypatch):
-    monkeypatch.setattr(_Convolution, "apply", None)  # calling it would raise
+    monkeypatch.setattr(ConvolutionByProduct, "apply", None)  # calling it would raise
     x, weight = torch.randn(2, 4, 4, 4), torch.randn(4, 4, 3, 3, requires_grad=True)
     large = torch.randn(2, 4, 10, 10)
     assert 10 * 10 > PIXELS
@@ -66,7 +66,7 @@ def test_within_the_mode_every_convolution_of_a_network_is_ours():
     network.zero_grad()
     with FastWeightGradients():
         y = network(x)
-    assert type(y.grad_fn).__name__ == "_ConvolutionBackward"
+    assert type(y.grad_fn).__name__ == "ConvolutionByProductBackward"
     y.pow(2).sum().backward()
     for p, grad in zip(network.parameters(), expected):
         torch.testing.assert_close(p.grad, grad, rtol=1e-10, atol=1e-12)

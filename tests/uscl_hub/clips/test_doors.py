@@ -121,9 +121,16 @@ def test_a_sparse_dicom_file_takes_no_memory(tmp_path, where):
     assert len(said) == 2 and int(said[1]) < 700, (out.stdout, out.stderr)
 
 
-def test_memory_is_half_the_machines_or_as_set_and_is_divided(monkeypatch, tmp_path):
+@pytest.fixture
+def alone():
+    """This process has the memory's budget to itself."""
+    memory.divide(1)
+    yield
+    memory.divide(1)
+
+
+def test_memory_is_half_the_machines_or_as_set_and_is_divided(monkeypatch, alone):
     monkeypatch.delenv(memory.SETTING, raising=False)
-    monkeypatch.setattr(memory, "_share", 1)
     whole = memory.budget()
     assert 2**26 <= whole <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     memory.divide(4)
