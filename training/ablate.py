@@ -30,7 +30,9 @@ class Config:
 
     arms: tuple[str, ...] = ("random", "simclr", "uscl/standard/3", "uscl/inner/3", "meta_uscl/standard/3")
     """'random', 'simclr', or METHOD/MODE/K: uscl or meta_uscl, standard or inner, frames that span a pair. meta_uscl
-    also with /delayed, /everyN or /shuffled: its cheaper options, and the control that deals weights to other pairs."""
+    also with /delayed or /everyN, its cheaper options; /statistics, /by_source, see meta.input and meta.by_source;
+    /shuffled, a control: each pair has another pair's weight. uscl also with /distance, see loss.weights. Both with
+    /corruptN: N per cent of the training clips give wrong pairs. Several of them are joined by more slashes."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of training and evaluation."""
     out: str = "runs/ablation"
@@ -79,17 +81,38 @@ def training(config: Config, arm: str, seed: int) -> configs.Config:
     one = copy.deepcopy(config.train)
     one.method, one.seed, one.out = method, seed, str(Path(config.out) / "training" / f"{slug(arm)}-{seed}")
     one.data.cache, one.resume = str(Path(config.out) / "frames"), True
-    option = r"(?:/(?:(delayed)|every([1-9]\d*)|(shuffled)))?"
-    if match := re.fullmatch(rf"(meta_)?uscl/(standard|inner)/([1-9]\d*)(?(1){option})", arm):
+    match = re.fullmatch(r"(meta_uscl|uscl)/(standard|inner)/([1-9]\d*)((?:/\w+)*)", arm)
+    if match:
         one.pairs.mode, one.pairs.frames = match[2], int(match[3])
-        if match[4] or match[5] or match[6]:
-            one.meta.delayed, one.meta.every, one.meta.shuffle = bool(match[4]), int(match[5] or 1), bool(match[6])
-    elif arm != "simclr":
+    known = match and all(option(one, name) for name in match[4].split("/")[1:])
+    if one.meta.shuffle and (one.meta.delayed or one.meta.every > 1):  # a control of the exact step
+        known = False
+    if arm != "simclr" and not known:
         raise EvaluationError(
             f"arms: {arm!r} is not 'random', 'simclr', or like 'uscl/standard/3', 'meta_uscl/inner/2', "
             "'meta_uscl/standard/3/delayed'"
         )
     return one
+
+
+def option(one: configs.Config, name: str) -> bool:
+    """Set an arm's option. Returns whether its method has it."""
+    kind, number = re.fullmatch(r"(\D*)(\d*)", name).groups()
+    if kind == "corrupt" and 0 < int(number or 0) <= 100:
+        one.pairs.corrupt = int(number) / 100
+    elif name == "distance" and one.method == "uscl":
+        one.loss.weights = "distance"
+    elif one.method != "meta_uscl":
+        return False
+    elif kind == "every" and int(number or 0) > 0:
+        one.meta.every = int(number)
+    elif name == "statistics":
+        one.meta.input = "statistics"
+    elif name in ("delayed", "by_source", "shuffled"):
+        setattr(one.meta, {"shuffled": "shuffle"}.get(name, name), True)
+    else:
+        return False
+    return True
 
 
 def train(one: configs.Config):

@@ -88,6 +88,11 @@ class Pairs:
     """Each view is turned by up to so many degrees."""
     max_seconds: float = 0.0
     """Largest time between the frames of a pair, where a clip's frame rate is known; 0: no limit."""
+    corrupt: float = 0.0
+    """For tests and research only: so large a share of the training clips gives wrong pairs (another clip's, a black,
+    frozen or noise frame). Which ones is in log.jsonl."""
+    corrupt_often: float = 1.0
+    """Probability that a pair of such a clip is wrong."""
 
 
 @dataclass
@@ -96,6 +101,9 @@ class Loss:
 
     decoupled: bool = False
     """Leave the positive out of the denominator (DCL, Yeh et al., ECCV 2022)."""
+    weights: str = "uniform"
+    """Of the pairs of method 'uscl': 'uniform', or 'distance': they fall linearly with the distance between a pair's
+    frames, from 1 to nearly 0 at the largest one allowed (as in IVPP, VanBerlo et al. 2024)."""
 
 
 @dataclass
@@ -167,6 +175,13 @@ class Meta:
     """'exact' (forward mode) or 'difference' (central difference of two forward passes)."""
     depth: int = 0
     """Look ahead with the last so many stages of the backbone and the projector only: cheaper; 0: with all."""
+    input: str = "representation"
+    """What CMW-Net sees of a pair: 'representation' (both, as in the paper), or 'statistics': similarity, distance of
+    the frames and loss, each standardised in the batch, as constants."""
+    by_source: bool = False
+    """Weights are relative to the mean weight of the same root folder's pairs in the batch."""
+    warmup: float = 0.0
+    """So large a share of the steps, the first ones, is plain: no weights, no update of CMW-Net."""
 
 
 @dataclass

@@ -78,7 +78,11 @@ def test_a_stopped_training_ends_the_run_with_what_to_do(config, monkeypatch):
         "moco",
         "uscl/inner/0",
         "uscl/inner/3/delayed",
+        "meta_uscl/inner/3/distance",
+        "meta_uscl/inner/3/corrupt",
+        "meta_uscl/inner/3/corrupt101",
         "meta_uscl/inner/3/every0",
+        "simclr/corrupt10",
         "meta_uscl/inner/3/every2/shuffled",
     ],
 )
@@ -95,6 +99,11 @@ def test_options_and_the_control_are_arms_of_their_own(config):
         (False, 1, True),
     ]
     assert {(s.method, s.pairs.mode, s.pairs.frames) for s in settings} == {("meta_uscl", "standard", 3)}
+    one = ablate.training(config, "meta_uscl/inner/3/statistics/by_source/corrupt40", 0)
+    assert (one.meta.input, one.meta.by_source, one.pairs.corrupt) == ("statistics", True, 0.4)
+    assert ablate.training(config, "uscl/inner/3/distance", 0).loss.weights == "distance"
+    fair = configs.load(Config, CONFIGS / "fair_test.yaml")
+    assert len({ablate.training(fair, arm, 0).out for arm in fair.arms}) == len(fair.arms)
 
 
 def test_what_cannot_be_evaluated_is_said_before_the_training(config, tmp_path):

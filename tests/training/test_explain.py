@@ -1,12 +1,16 @@
 """What CMW-Net learned: the pairs are the training's, the statistics plain."""
 
+import csv
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
 
 from training import explain, run
-from training.data import batches
+from training.data import batches, faults
+from training.data.cache import FrameCache
+from training.data.dataset import prepare
 from training.evaluation.datasets import EvaluationError
 
 
@@ -30,11 +34,34 @@ def test_a_training_without_a_cmw_net(tiny):
     run.main(config)
     with pytest.raises(EvaluationError, match="was trained by simclr"):
         explain.main(config.out)
+    with pytest.raises(EvaluationError, match="has no weights: --by similarity or loss"):
+        explain.find_suspects(config.out, by="weight")
+    assert "| 1 | clips/" in explain.find_suspects(config.out)
+
+
+@pytest.mark.parametrize("statistics", ["representation", "statistics"])
+def test_suspects_of_a_training_with_planted_faults(tiny, tmp_path, statistics):
+    config = tiny(pairs={"corrupt": 0.4}, meta={"input": statistics}, optim={"steps": 6})
+    run.main(config)
+    text = explain.find_suspects(config.out, count=5)
+    out = tmp_path / "run"
+    with open(out / "suspects.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rank"] for row in rows] == list("12345")
+    similarity = [float(row["similarity"]) for row in rows]
+    assert similarity == sorted(similarity) and all(int(row["pairs"]) >= 10 for row in rows)
+    cache = FrameCache.open(config.data.cache)
+    assert {row["clip"] for row in rows} < set(cache.ids) and rows[0]["clip"] in text
+    clips = prepare(config, out)
+    planted = faults.plant(clips.cache, clips.train, config.pairs, config.seed).kinds
+    assert f"{len(planted)} of 20 clips have planted faults" in text
+    assert all(row["fault"] == planted.get(cache.ids.index(row["clip"]), "") for row in rows)
+    assert "precision at 5" in text and (out / "figures" / "suspects.png").stat().st_size > 1000
+    assert "Pairs made wrong on purpose" in explain.main(config.out, batches=2)
 
 
 def test_distances_are_those_of_the_frames_in_the_batch(demo):
     from training.config import Pairs
-    from training.data.cache import FrameCache
 
     cache, clips, key = FrameCache.open(demo / "cache"), np.arange(8), (0, batches.EXPLAIN, 0)
     numbers, mix = batches.choose(cache, clips, Pairs(), np.random.default_rng(key))

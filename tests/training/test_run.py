@@ -138,9 +138,9 @@ def test_end_to_end_on_real_files(scans, tiny, tmp_path, capsys):
 def test_methods_without_weights(tiny, tmp_path, monkeypatch, method):
     seen, make_batch = [], batches.make_batch
 
-    def spy(cache, clips, config, key, part=slice(None)):
+    def spy(cache, clips, config, key, *rest):
         seen.append((key[1], config.frames))
-        return make_batch(cache, clips, config, key, part)
+        return make_batch(cache, clips, config, key, *rest)
 
     monkeypatch.setattr(batches, "make_batch", spy)
     run.main(tiny(method=method, pairs={"frames": 4}))

@@ -14,6 +14,7 @@ import torch
 
 from training.config import Pairs
 from training.method import augment, pairs
+from training.method.weighting import About
 
 TRAIN, META, VAL, ORDER, EXPLAIN, DISTIL = range(6)  # random streams
 
@@ -25,6 +26,8 @@ class Batch:
     frames: torch.Tensor  # uint8 (n, K, S, S)
     mix: torch.Tensor  # float32 (n, 2, K)
     augmentation: torch.Tensor  # float32 (n, 2, 8) or (n, 2, K, 8)
+    about: About  # of the global batch's pairs
+    faults: list[str] | None = None  # of the global batch's pairs, see `faults.Faults`
 
     def views(self, device, size, channels):
         tensors = (self.frames, self.mix, self.augmentation)
@@ -33,7 +36,7 @@ class Batch:
         return pairs.make_views(*tensors, size, channels)
 
 
-def make_batch(cache, clips, config: Pairs, key, part=slice(None)):
+def make_batch(cache, clips, config: Pairs, key, part=slice(None), faults=None):
     """Draw the pairs of a batch.
 
     Args:
@@ -42,6 +45,7 @@ def make_batch(cache, clips, config: Pairs, key, part=slice(None)):
         config: how to make pairs.
         key: ints (seed, stream, step) that fix every random number.
         part: the slice of the batch to load: a rank's share. The random numbers are those of the global batch.
+        faults: `faults.Faults` to make, or None.
     """
     rng = np.random.default_rng(key)
     numbers, mix = choose(cache, clips, config, rng)
@@ -49,11 +53,21 @@ def make_batch(cache, clips, config: Pairs, key, part=slice(None)):
     augmentation = augment.draw(
         shape, rng, config.crop_scale, config.crop_ratio, config.jitter, config.flip, config.rotate
     )
-    return Batch(
-        frames=torch.from_numpy(cache.take(np.asarray(clips)[part], numbers[part])),
-        mix=torch.from_numpy(mix[part]),
-        augmentation=torch.from_numpy(augmentation[part]),
+    about = About(
+        distance=torch.from_numpy((numbers.max(1) - numbers.min(1)).astype(np.float32)),
+        reach=torch.tensor([min(furthest(cache, clip, config), int(cache.lengths[clip]) - 1) for clip in clips]),
+        source=torch.from_numpy(cache.source_numbers[np.asarray(clips)]),
     )
+    frames, mix = cache.take(np.asarray(clips)[part], numbers[part]), mix[part]
+    done = None if faults is None else faults.spoil(cache, clips, key, part, (frames, mix))
+    return Batch(*map(torch.from_numpy, (frames, mix, augmentation[part])), about, done)
+
+
+def furthest(cache, clip, config: Pairs):
+    """Largest distance in frames between the frames of a pair that the settings allow for this clip's frame rate."""
+    if config.max_seconds and cache.fps[clip] > 0:  # an unknown rate is NaN
+        return min(config.max_dist, max(1, int(config.max_seconds * cache.fps[clip])))
+    return config.max_dist
 
 
 def choose(cache, clips, config: Pairs, rng):
@@ -65,10 +79,7 @@ def choose(cache, clips, config: Pairs, rng):
     mix = np.zeros((len(clips), 2, k), np.float32)
     chosen = np.zeros((len(clips), k), np.int64)
     for i, clip in enumerate(clips):
-        far = config.max_dist
-        if config.max_seconds and cache.fps[clip] > 0:  # an unknown rate is NaN
-            far = min(far, max(1, int(config.max_seconds * cache.fps[clip])))
-        numbers = pairs.choose_frames(int(cache.lengths[clip]), k, far, rng)
+        numbers = pairs.choose_frames(int(cache.lengths[clip]), k, furthest(cache, clip, config), rng)
         weights = pairs.mixing_weights(len(numbers), config.mode, config.alpha, config.beta, rng)
         mix[i, :, : len(numbers)] = weights
         chosen[i] = np.resize(numbers, k)

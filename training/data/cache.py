@@ -69,6 +69,11 @@ class FrameCache:
         return cls(path, size, unique(lines.values())[0])
 
     @cached_property
+    def source_numbers(self) -> np.ndarray:
+        """int64 (clips,): each clip's source as a number, by the order of the sources' names."""
+        return np.unique(self.sources, return_inverse=True)[1].astype(np.int64)
+
+    @cached_property
     def frames(self) -> np.ndarray:
         file = self.path / "frames.u8"
         total = file.stat().st_size // self.size**2 if file.exists() else 0

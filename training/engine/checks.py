@@ -7,6 +7,7 @@ from pathlib import Path
 import timm
 
 from training import distributed
+from training.config import training_pairs
 from uscl_hub.errors import UserError
 from uscl_hub.registry import plain_name
 
@@ -32,6 +33,8 @@ RANGES = {  # of the numbers that a user may get wrong; the upper ends are beyon
     "pairs.flip": (0, 1),
     "pairs.rotate": (0, 180),
     "pairs.max_seconds": (0, 10**6),
+    "pairs.corrupt": (0, 1),
+    "pairs.corrupt_often": (0, 1),
     "model.hold": (0, 100),
     "model.size": (1, 4096),
     "model.dim": (1, 2**16),
@@ -50,6 +53,7 @@ RANGES = {  # of the numbers that a user may get wrong; the upper ends are beyon
     "meta.hidden": (1, 2**20),
     "meta.every": (1, 10**9),
     "meta.depth": (0, 100),
+    "meta.warmup": (0, 0.9),
     "optim.batch": (2, 2**20),
     "optim.epochs": (1, 10**6),
     "optim.steps": (0, 10**9),
@@ -69,6 +73,8 @@ def check(config):
         ("data.crop", ("crop", "blank", "none")),
         ("pairs.mode", ("standard", "inner")),
         ("meta.tangent", ("exact", "difference")),
+        ("meta.input", ("representation", "statistics")),
+        ("loss.weights", ("uniform", "distance")),
     ):
         value = attrgetter(name)(config)
         if value not in choices:
@@ -77,6 +83,10 @@ def check(config):
         raise UserError("meta.batch must be at least 2: with one clean pair there is no negative; 0: as optim.batch")
     if config.meta.shuffle and (config.meta.delayed or config.meta.every > 1):
         raise UserError("meta.shuffle: a control of the exact step; leave meta.delayed at False and meta.every at 1")
+    if config.loss.weights != "uniform" and config.method != "uscl":
+        raise UserError(f"loss.weights {config.loss.weights}: for method uscl only, not {config.method}")
+    if config.pairs.corrupt and (config.method == "distil" or training_pairs(config).frames < 2):
+        raise UserError("pairs.corrupt: takes method uscl or meta_uscl, and pairs.frames of at least 2")
     for name, (low, high) in RANGES.items():
         value = attrgetter(name)(config)
         if not low <= value <= high:  # also a NaN

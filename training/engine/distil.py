@@ -34,6 +34,7 @@ class Crops(NamedTuple):
     targets: torch.Tensor
     maps: torch.Tensor | None
     clips: tuple = ()  # as a batch of pairs has it; crops come from frames of all training clips
+    faults: None = None  # likewise
 
 
 class Distillation:

@@ -44,9 +44,11 @@ def draw(state, config, clips, log, folder, device):
     """Loss curves and, where weights were learned, their histogram and how they fall along the longest clip."""
     folder.mkdir(exist_ok=True)
     figures.loss_curves(log, folder / "loss.png")
-    if state.cmw is None:
+    if not any(row.get("weights") for row in log) or state.cmw is None:
         return
     figures.weight_histogram(log, clips.cache.sources, folder / "weights.png")
+    if config.meta.input != "representation":
+        return  # the other figure weighs pairs by their representations alone
     frames = clips.cache.clip(clips.val[np.argmax(clips.cache.lengths[clips.val])])
     path = folder / "similarity_and_weight.png"
     figures.similarity_against_weight(state.encoder, state.cmw, frames, config.model.size, device, path)

@@ -13,6 +13,10 @@ from uscl_hub import files
 COLLAPSED = 2.0  # an effective rank below this means that the features have (nearly) become one number
 
 
+def rounded(x):
+    return [round(v, 5) for v in x.tolist()]
+
+
 class Log:
     """Progress bar, log.jsonl and TensorBoard, on rank 0; elsewhere it does nothing."""
 
@@ -29,8 +33,11 @@ class Log:
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
         self.last = {}
 
-    def step(self, step, loss, lr, batch, result, seconds, waited, chosen):
-        """Record a step of `seconds`, of which it waited so many for `batch` clips; `chosen` are their indices."""
+    def step(self, step, loss, lr, batch, result, seconds, waited, loaded):
+        """Record a step of `seconds`, of which it waited so many for the `batch` clips that were `loaded`.
+
+        Where pairs are made wrong (pairs.corrupt), the row says which, and every pair's similarity and loss.
+        """
         meta_loss = None if result.meta_loss is None else result.meta_loss.item()
         if not self.on:
             return
@@ -45,8 +52,11 @@ class Log:
         for k, v in row.items():
             self.board.add_scalar(f"train/{k}", v, step)
         if result.weights is not None:
-            row.update(weights=[round(w, 5) for w in result.weights.tolist()], clips=np.asarray(chosen).tolist())
+            row.update(weights=rounded(result.weights), clips=np.asarray(loaded.clips).tolist())
             self.board.add_histogram("weights", result.weights, step)
+        if loaded.faults is not None:
+            row.update(clips=np.asarray(loaded.clips).tolist(), faults=loaded.faults)
+            row.update(similarity=rounded(result.similarity), losses=rounded(result.losses))
         self.file.write(json.dumps(row) + "\n")
         self.last.update(loss=f"{loss:.3f}", lr=f"{lr:.3g}")
         self.last.update(img_s=f"{numbers['images_per_s']:.0f}")

@@ -11,7 +11,7 @@ import torch
 
 from training import distributed
 from training.config import Config, training_pairs
-from training.data import batches
+from training.data import batches, faults
 from training.data.dataset import Clips
 from training.engine import sources
 from training.engine.distil import Distillation
@@ -19,8 +19,9 @@ from training.engine.log import Log
 from training.engine.state import Diverged, State, fixed, save
 from training.engine.validation import validate
 from training.messages import one_line, say, signals_set
-from training.method.networks import CMWNet, Encoder, input_channels, input_size
+from training.method.networks import CMWNet, Encoder, StatisticsNet, input_channels, input_size
 from training.method.step import Learner, Step, contrastive_step, delayed_step, exact_step
+from training.method.weighting import Weighting
 from uscl_hub.errors import UserError
 
 
@@ -30,7 +31,9 @@ def build(config: Config, clips: Clips, device: torch.device) -> State:
     encoder = make_encoder(config.model).to(device, memory_format=torch.channels_last).train()
     cmw = cmw_optimizer = None
     if config.method == "meta_uscl":
-        cmw = CMWNet(encoder.num_features, config.meta.hidden).to(device)
+        hidden = config.meta.hidden
+        statistics = config.meta.input == "statistics"
+        cmw = (StatisticsNet(hidden) if statistics else CMWNet(encoder.num_features, hidden)).to(device)
         try:
             encoder.last(config.meta.depth)
         except ValueError as error:
@@ -122,11 +125,19 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
 
 
 class Loaded(NamedTuple):
-    """A step's clips (indices), their pairs, and the clean pairs of held-out clips where CMW-Net is updated."""
+    """A step's clips (indices), their pairs, and the clean pairs of held-out clips where CMW-Net is updated.
+
+    plain: the step belongs to the plain ones before the weights (meta.warmup).
+    """
 
     clips: np.ndarray
     pairs: batches.Batch
     clean: batches.Batch | None
+    plain: bool = False
+
+    @property
+    def faults(self):
+        return self.pairs.faults
 
 
 def loader(config: Config, clips: Clips):
@@ -135,6 +146,8 @@ def loader(config: Config, clips: Clips):
     meta_batch = config.meta.batch or config.optim.batch
     part, meta_part = distributed.share(config.optim.batch), distributed.share(meta_batch)
     sources_of_train = np.array(clips.cache.sources)[clips.train]
+    wrong = faults.plant(clips.cache, clips.train, config.pairs, config.seed)
+    plain = round(config.meta.warmup * plan(config, clips).total)
 
     def load(step):
         if config.data.balance:
@@ -142,9 +155,9 @@ def loader(config: Config, clips: Clips):
             chosen = batches.balanced_clips(clips.train, names, balance, step, config.optim.batch, config.seed)
         else:
             chosen = batches.train_clips(clips.train, step, config.optim.batch, config.seed)
-        batch = batches.make_batch(clips.cache, chosen, pairs, (config.seed, batches.TRAIN, step), part)
-        if config.method != "meta_uscl" or step % config.meta.every:
-            return Loaded(chosen, batch, None)
+        batch = batches.make_batch(clips.cache, chosen, pairs, (config.seed, batches.TRAIN, step), part, wrong)
+        if config.method != "meta_uscl" or step < plain or step % config.meta.every:
+            return Loaded(chosen, batch, None, step < plain)
         held_out = batches.meta_clips(clips.meta, step, meta_batch, config.seed)
         key = (config.seed, batches.META, step)
         return Loaded(chosen, batch, batches.make_batch(clips.cache, held_out, one_frame, key, meta_part))
@@ -187,7 +200,7 @@ def loop(state: State, config: Config, clips: Clips, out, device: torch.device, 
             if not math.isfinite(loss):
                 raise Diverged(f"the loss is {loss}")
             seconds = time.perf_counter() - start
-            log.step(state.step, loss, lr, config.optim.batch, result, seconds, waited, loaded.clips)
+            log.step(state.step, loss, lr, config.optim.batch, result, seconds, waited, loaded)
 
             last = state.step == total
             stop = distributed.any_(stopped.is_set(), device)
@@ -207,11 +220,10 @@ def loop(state: State, config: Config, clips: Clips, out, device: torch.device, 
     return True
 
 
-def step(state: State, config: Config, loaded, device: torch.device, distillation=None) -> Step:
-    """One step of the configured method."""
-    if config.method == "distil":
-        return distillation.step(state, loaded)
-    learner = Learner(
+def learner_of(state: State, config: Config) -> Learner:
+    """What learns by the method's step, with the configured objective."""
+    weighting = Weighting(config.meta.input, config.meta.by_source, config.loss.weights == "distance")
+    return Learner(
         state.encoder,
         state.optimizer,
         state.cmw,
@@ -220,16 +232,26 @@ def step(state: State, config: Config, loaded, device: torch.device, distillatio
         config.loss.decoupled,
         config.meta.tangent,
         config.meta.depth,
+        weighting,
     )
+
+
+def step(state: State, config: Config, loaded, device: torch.device, distillation=None) -> Step:
+    """One step of the configured method."""
+    if config.method == "distil":
+        return distillation.step(state, loaded)
+    learner = learner_of(state, config)
+    if loaded.plain:
+        learner = replace(learner, cmw=None)
     anchor = None
     if distillation:
         anchor = dict(zip(learner.parameters, distillation.gradients(state.encoder, state.step)))
     size, channels = config.model.size, input_channels(state.encoder)
-    views = loaded.pairs.views(device, size, channels)
+    views, about = loaded.pairs.views(device, size, channels), loaded.pairs.about.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         if loaded.clean is None:
-            return contrastive_step(learner, views, anchor)
+            return contrastive_step(learner, views, anchor, about)
         clean = loaded.clean.views(device, size, channels)
         if config.meta.delayed:
-            return delayed_step(learner, views, clean, anchor)
-        return exact_step(learner, views, clean, anchor, config.meta.shuffle)
+            return delayed_step(learner, views, clean, anchor, about)
+        return exact_step(learner, views, clean, anchor, config.meta.shuffle, about)

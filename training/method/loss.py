@@ -21,6 +21,14 @@ def info_nce(z, weights=None, temperature=0.5, decoupled=False):
     Raises:
         ValueError: z is not (2, N >= 2, D): with one clip there is no negative.
     """
+    loss = view_losses(z, temperature, decoupled)
+    if weights is None:
+        return loss.mean()
+    return (loss.mean(0) * weights).sum() / weights.sum()
+
+
+def view_losses(z, temperature=0.5, decoupled=False):
+    """The cross-entropy of every view, float (2, N): `info_nce` before the average. Arguments and errors as there."""
     if z.ndim != 3 or z.shape[0] != 2 or z.shape[1] < 2:
         raise ValueError(f"info_nce: z must be (2, N >= 2, D), got {tuple(z.shape)}")
     n = z.shape[1]
@@ -30,9 +38,5 @@ def info_nce(z, weights=None, temperature=0.5, decoupled=False):
     if decoupled:
         positive = similarity.gather(1, partner[:, None])
         others = similarity.scatter(1, partner[:, None], float("-inf"))
-        loss = (others.logsumexp(1) - positive[:, 0]).view(2, n)
-    else:
-        loss = F.cross_entropy(similarity, partner, reduction="none").view(2, n)
-    if weights is None:
-        return loss.mean()
-    return (loss.mean(0) * weights).sum() / weights.sum()
+        return (others.logsumexp(1) - positive[:, 0]).view(2, n)
+    return F.cross_entropy(similarity, partner, reduction="none").view(2, n)

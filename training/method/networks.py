@@ -8,6 +8,7 @@ from timm.models import group_parameters
 from torch import nn
 
 import uscl_hub  # noqa: F401  (registers meta_uscl_resnet18, ...)
+from training.method.weighting import STATISTICS
 from uscl_hub.registry import plain_name
 
 
@@ -92,6 +93,20 @@ class CMWNet(nn.Module):
 
     def forward(self, h):
         return torch.sigmoid(self.net(torch.cat([h[0], h[1]], dim=1))).squeeze(1)
+
+
+class StatisticsNet(nn.Module):
+    """CMW-Net that sees of a pair no representation but `weighting.STATISTICS`.
+
+    forward(x): float (N, 3) -> weights in (0, 1), float (N,).
+    """
+
+    def __init__(self, hidden=10):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(len(STATISTICS), hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+    def forward(self, x):
+        return torch.sigmoid(self.net(x)).squeeze(1)
 
 
 def input_size(model):

@@ -28,6 +28,9 @@ pass, three passes end or begin at it: 1 + 2r + 1 + 2r + 2r + 2 = 4 + 6r (delaye
 stage and 0.45 for two, so 5.4 and 6.7, that is 1.8 and 2.2 steps of SimCLR instead of 3.3. With m clean pairs instead
 of N, their part, 1 + 2r, is m / N of that. With CMW-Net's update at every k-th step, k - 1 of k steps cost 3.
 
+CMW-Net may see statistics of a pair, as constants, instead of its representations: then L depends on h through z alone,
+and <dL/dh, dh> is 0 (`weighting`).
+
 Shapes: a batch is N clips (over all ranks), two views each. `views` is (2n, C, H, W): this rank's n first views,
 then the n second views. Representations h are (2, N, d), projections z are (2, N, 128). Gradients and directions are
 dicts of tensors by the encoder's parameter names.
@@ -43,6 +46,7 @@ from torch import nn
 from training import distributed
 from training.method import forward_mode
 from training.method.loss import info_nce
+from training.method.weighting import Weighting, scores
 
 
 @dataclass
@@ -55,6 +59,7 @@ class Learner:
         temperature, decoupled: of InfoNCE, see `loss.info_nce`.
         tangent: how outputs are derived along v: 'exact' (forward mode) or 'difference' (of two forward passes).
         depth: the look-ahead moves the last so many stages and the projector; 0: the whole encoder.
+        weighting: what makes a weight of a pair.
     """
 
     encoder: nn.Module
@@ -65,6 +70,11 @@ class Learner:
     decoupled: bool = False
     tangent: str = "exact"
     depth: int = 0
+    weighting: Weighting = Weighting()
+
+    def weigh(self, h, z, about=None):
+        """Weights of the pairs, (N,), or None for weights of 1; see `weighting.Weighting`."""
+        return self.weighting.weigh(self, h, z, about)
 
     def loss(self, z, weights=None):
         return info_nce(z, weights, self.temperature, self.decoupled)
@@ -80,26 +90,30 @@ class Learner:
 
 
 class Step(NamedTuple):
-    """What a step reports: 0-dim tensors, and the final step's weights (N,)."""
+    """What a step reports: 0-dim tensors; the final step's weights, and the pairs' similarities and losses before it,
+    (N,) each."""
 
     loss: torch.Tensor
     weights: torch.Tensor | None
     meta_loss: torch.Tensor | None = None
+    similarity: torch.Tensor | None = None
+    losses: torch.Tensor | None = None
 
 
-def contrastive_step(learner, views, anchor=None):
-    """One step of SimCLR / USCL: unweighted InfoNCE, or weighted by a CMW-Net that is not updated.
+def contrastive_step(learner, views, anchor=None, about=None):
+    """One step of SimCLR / USCL: InfoNCE, unweighted, or weighted by a closed form or a CMW-Net that is not updated.
 
-    anchor: as in `exact_step`.
+    anchor, about: as in `exact_step`.
     """
     h, z = forward(learner.encoder, views)[:2]  # not the tape: it would keep what the backward pass frees
-    weights = None if learner.cmw is None else learner.cmw(h).detach()
+    weights = learner.weigh(h, z, about)
+    weights = None if weights is None else weights.detach()
     loss = learner.loss(z, weights)
     apply_gradients(learner, gradients(loss, learner.parameters, anchor))
-    return Step(loss.detach(), weights)
+    return Step(loss.detach(), weights, None, *scores(learner, h, z))
 
 
-def exact_step(learner, views, clean, anchor=None, shuffle=False):
+def exact_step(learner, views, clean, anchor=None, shuffle=False, about=None):
     """One step of Meta-USCL as in the paper: look ahead, learn the weights, step with the new weights.
 
     Args:
@@ -107,13 +121,14 @@ def exact_step(learner, views, clean, anchor=None, shuffle=False):
         views: (2n, C, H, W); clean: (2m, C, H, W), clean pairs of held-out clips.
         anchor: gradient of another loss that the encoder descends beside the contrastive one, or None.
         shuffle: a control: in the final step every pair has the weight of the pair before it in the batch.
+        about: `weighting.About` of the pairs, where `Learner.weighting` asks for it.
 
     Returns:
         A `Step`.
     """
     h, z, tape = forward(learner.encoder, views)  # the graph serves the look-ahead and the final step
 
-    weights = learner.cmw(h)
+    weights = learner.weigh(h, z, about)
     grads = gradients(learner.loss(z, weights), learner.moved, anchor, retain_graph=True)
     ahead = look_ahead(learner, grads)
     del weights, grads
@@ -124,20 +139,20 @@ def exact_step(learner, views, clean, anchor=None, shuffle=False):
 
     dh, dz = push_forward(learner, views, tape, look_ahead_direction(learner, meta_grads))
     del meta_grads, tape
-    update_cmw(learner, h, z, dh, dz)
+    update_cmw(learner, (h, z), (dh, dz), about)
 
-    weights = learner.cmw(h).detach()
+    weights = learner.weigh(h, z, about).detach()
     loss = learner.loss(z, weights.roll(1) if shuffle else weights)
     apply_gradients(learner, gradients(loss, learner.parameters, anchor))
-    return Step(loss.detach(), weights, meta_loss)
+    return Step(loss.detach(), weights, meta_loss, *scores(learner, h, z))
 
 
-def delayed_step(learner, views, clean, anchor=None):
+def delayed_step(learner, views, clean, anchor=None, about=None):
     """`exact_step` with one backward pass less: the weights are those from before CMW-Net's update, and constants in
     the look-ahead, too, so that the look-ahead's gradient is also the final one. Arguments as there."""
     h, z, tape = forward(learner.encoder, views)
 
-    weights = learner.cmw(h.detach()).detach()
+    weights = learner.weigh(h.detach(), z.detach(), about).detach()
     loss = learner.loss(z, weights)
     grads = gradients(loss, learner.parameters, anchor)
     ahead = look_ahead(learner, grads)
@@ -148,10 +163,10 @@ def delayed_step(learner, views, clean, anchor=None):
 
     _, dz = push_forward(learner, views, tape, look_ahead_direction(learner, meta_grads))
     del meta_grads, tape
-    update_cmw(learner, h, z, None, dz)
+    update_cmw(learner, (h, z), (None, dz), about)
 
     apply_gradients(learner, grads)
-    return Step(loss.detach(), weights, meta_loss)
+    return Step(loss.detach(), weights, meta_loss, *scores(learner, h, z))
 
 
 def clean_gradients(learner, clean, ahead):
@@ -163,9 +178,9 @@ def clean_gradients(learner, clean, ahead):
     return loss.detach(), gradients(loss, ahead)
 
 
-def update_cmw(learner, h, z, dh, dz):
-    """Descend the meta-loss with respect to CMW-Net."""
-    grads = directional_gradient(learner, h, z, dh, dz)
+def update_cmw(learner, outputs, derivatives, about):
+    """Descend the meta-loss with respect to CMW-Net. Arguments as `directional_gradient`."""
+    grads = directional_gradient(learner, outputs, derivatives, about)
     for p, g in zip(learner.cmw.parameters(), grads):
         p.grad = g
     learner.cmw_optimizer.step()
@@ -261,19 +276,21 @@ def difference(learner, views, tape, v):
     return tuple((p.float() - m.float()) / (2 * eps) for p, m in zip(*outputs))
 
 
-def directional_gradient(learner, h, z, dh, dz):
+def directional_gradient(learner, outputs, derivatives, about=None):
     """Gradient, with respect to CMW-Net, of the weighted loss's derivative along (dh, dz).
 
     Args:
-        h, z, dh, dz: representations (2, N, d), projections (2, N, 128) and their derivatives. dh None: the
-            weights are constants in the look-ahead, not functions of the encoder.
+        outputs: representations (2, N, d) and projections (2, N, 128); derivatives: theirs. None for that of the
+            representations: the weights are constants in the look-ahead, not functions of the encoder.
+        about: `weighting.About` of the pairs.
 
     Returns:
         A list of tensors, in the order of `cmw.parameters()`.
     """
-    h, z = h.detach().requires_grad_(), z.detach().requires_grad_()
-    loss = learner.loss(z, learner.cmw(h))
-    if dh is None:
+    h, z = (x.detach().requires_grad_() for x in outputs)
+    dh, dz = derivatives
+    loss = learner.loss(z, learner.weigh(h, z, about))
+    if dh is None or learner.weighting.input == "statistics":
         (loss_z,) = torch.autograd.grad(loss, [z], create_graph=True)
         slope = (loss_z * dz).sum()
     else:

@@ -97,6 +97,30 @@ def test_signal_then_resume_equals_an_uninterrupted_run(tiny, tmp_path, monkeypa
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"meta": {"input": "statistics", "by_source": True, "warmup": 0.5}},
+        {"method": "uscl", "loss": {"weights": "distance"}},
+    ],
+)
+def test_variants_with_wrong_pairs_resume_too(tiny, tmp_path, monkeypatch, changes):
+    config = tiny(**changes, pairs={"corrupt": 0.5, "corrupt_often": 0.5}, optim={"steps": 6})
+    run.main(replace(config, out=str(tmp_path / "whole")))
+    go_on = stop_at(2, monkeypatch)  # within the plain steps
+    run.main(config)
+    go_on()
+    run.main(replace(config, resume=True))
+    one, two = rows(tmp_path / "whole"), rows(tmp_path / "run")
+    assert one == two and {kind for row in one for kind in row.get("faults", ())} > {""}
+    weighted = ["weights" in row for row in one if "loss" in row]
+    assert weighted == ([False] * 3 + [True] * 3 if "meta" in changes else [True] * 6)
+    a, b = ((tmp_path / name / "export" / "model.safetensors").read_bytes() for name in ("whole", "run"))
+    assert a == b
+    with pytest.raises(SystemExit, match="pairs.corrupt_often: 0.5 there, 0.6 here"):
+        run.main(replace(config, resume=True, pairs=replace(config.pairs, corrupt_often=0.6)))
+
+
 def test_random_layers_resume_too(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "Encoder", partial(Encoder, drop_rate=0.3))
     config = tiny(method="uscl", optim={"steps": 4})
@@ -226,8 +250,9 @@ def test_a_damaged_checkpoint_is_said(tiny, tmp_path, damage):
     elif damage == "empty":
         path.write_bytes(b"")
     elif damage == "flipped":
-        middle = len(whole) // 2  # one byte, in the weights
-        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :])
+        weights = max(torch.load(path, weights_only=True)["encoder"].values(), key=torch.numel)
+        at = whole.index(weights.numpy().tobytes()[:64])
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
     elif damage == "another file":
         path.write_text("hello " * 99)
     else:
