@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training import config as configs  # noqa: E402
 from training import evaluate as evaluation  # noqa: E402
 from training import run  # noqa: E402
-from training.evaluation import report  # noqa: E402
+from training.evaluation import report, wrong_pairs  # noqa: E402
 from training.evaluation.task import EvaluationError  # noqa: E402
 from training.messages import command  # noqa: E402
 from uscl_hub.files import write_text  # noqa: E402
@@ -66,8 +66,9 @@ def main(config: Config) -> Path:
         train(one)
     evaluation.main(settings)
     result = json.loads((out / "evaluation" / "results.json").read_text(encoding="utf-8"))
-    write_text(out / "ablation.md", table(result))
-    print(table(result))
+    text = table(result) + wrong(trainings)
+    write_text(out / "ablation.md", text)
+    print(text)
     return out / "ablation.md"
 
 
@@ -127,6 +128,20 @@ def train(one: configs.Config):
     run.main(one)
     if not (folder / "export" / "README.md").is_file():
         raise EvaluationError("stopped; start it again to go on")
+
+
+def wrong(trainings) -> str:
+    """Markdown of what the weights did with wrong pairs, where arms have some (/corruptN)."""
+    logs: dict[str, list] = {}
+    for (arm, _), one in trainings.items():
+        if (pairs := wrong_pairs.read(Path(one.out) / "log.jsonl")) is not None:
+            logs.setdefault(arm, []).append(pairs)
+    if not logs:
+        return ""
+    return (
+        "\nHow well a low weight, a low similarity or a high loss finds the pairs made wrong on purpose (a frozen "
+        f"pair is more alike than a right one):\n\n{wrong_pairs.compare(logs)}\n"
+    )
 
 
 def table(result: dict) -> str:

@@ -190,7 +190,7 @@ def open_run(run):
     return config, clips, state
 
 
-def find_suspects(run, count=50, by="similarity"):
+def find_suspects(run, count=50, by="loss"):
     """Print and return the Markdown of `list_suspects` for a finished contrastive training. Raises EvaluationError."""
     run, device = Path(run), distributed.setup("cpu")
     config, clips, state = open_run(run)
@@ -228,7 +228,7 @@ if __name__ == "__main__":
     parser.add_argument("--batches", type=int, default=60, help="batches of optim.batch pairs (default: 60)")
     parser.add_argument("--model-card", help="a model card whose section between results:weights markers is replaced")
     parser.add_argument("--suspects", type=int, help="list so many clips to look at, instead")
-    parser.add_argument("--by", choices=suspects.RANKINGS, default="similarity", help="what ranks the suspects")
+    parser.add_argument("--by", choices=suspects.RANKINGS, default="loss", help="what ranks the suspects")
     args = parser.parse_args()
     if args.suspects is not None and args.suspects < 1:
         parser.error("--suspects: at least 1")

@@ -106,6 +106,15 @@ def test_options_and_the_control_are_arms_of_their_own(config):
     assert len({ablate.training(fair, arm, 0).out for arm in fair.arms}) == len(fair.arms)
 
 
+def test_the_table_says_what_the_weights_did_with_wrong_pairs(config):
+    assert ablate.wrong({}) == ""
+    config.train.optim.steps = 5
+    one = ablate.training(config, "meta_uscl/standard/3/corrupt50", 0)
+    run.main(one)
+    text = ablate.wrong({("some arm", 0): one})
+    assert "| some arm | 1 | " in text and "finds the pairs made wrong on purpose" in text
+
+
 def test_what_cannot_be_evaluated_is_said_before_the_training(config, tmp_path):
     config.train.data.roots = ()
     with pytest.raises(EvaluationError, match="train.data.roots: name the folders"):

@@ -43,7 +43,7 @@ def test_a_training_without_a_cmw_net(tiny):
 def test_suspects_of_a_training_with_planted_faults(tiny, tmp_path, statistics):
     config = tiny(pairs={"corrupt": 0.4}, meta={"input": statistics}, optim={"steps": 6})
     run.main(config)
-    text = explain.find_suspects(config.out, count=5)
+    text = explain.find_suspects(config.out, count=5, by="similarity")
     out = tmp_path / "run"
     with open(out / "suspects.csv", newline="") as file:
         rows = list(csv.DictReader(file))

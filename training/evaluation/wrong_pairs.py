@@ -50,6 +50,11 @@ def auroc(pairs, name):
     return float(roc_auc_score(wrong, pairs[name] if name == "loss" else -pairs[name]))
 
 
+def without(pairs, kind):
+    """All pairs but those of one kind of fault."""
+    return {name: values[pairs["fault"] != kind] for name, values in pairs.items()}
+
+
 def only(pairs, kind):
     """The right pairs and those of one kind of fault."""
     chosen = (pairs["fault"] == "") | (pairs["fault"] == kind)
@@ -62,9 +67,30 @@ def effective_share(pairs):
     >>> effective_share({"step": np.array([1, 1, 2, 2]), "weight": np.array([1.0, 1.0, 2.0, 0.0])})
     0.75
     """
+    if not len(pairs["step"]):
+        return float("nan")
     _, step, size = np.unique(pairs["step"], return_inverse=True, return_counts=True)
     total, squares = np.bincount(step, pairs["weight"]), np.bincount(step, pairs["weight"] ** 2)
     return float(np.mean(total**2 / squares / size))
+
+
+def compare(logs):
+    """Markdown: how well the weights of several arms find the wrong pairs, in the last fifth of their trainings.
+
+    logs: by arm, a list of what `read` gave, one for each seed; AUROCs are means over them.
+    """
+    rows = []
+    for arm, seeds in logs.items():
+        parts = [[part for *_, part in parts_of_training(pairs)] for pairs in seeds]
+        last = [of_seed[-1] for of_seed in parts]
+        through = [f"{np.mean([auroc(p[i], 'weight') for p in parts]):.2f}" for i in range(len(parts[0]))]
+        found = [f"{np.mean([auroc(part, name) for part in last]):.3f}" for name in NAMES]
+        visible = [np.mean([auroc(without(part, "frozen"), name) for part in last]) for name in NAMES]
+        cells = [f"{a} ({b:.3f})" for a, b in zip(found, visible)]
+        rows.append([arm, len(seeds), " ".join(through), *cells, f"{np.mean(list(map(effective_share, last))):.3f}"])
+    head = ["arm", "seeds", "AUROC of weight, by fifths of the training"]
+    head += ["of weight in the last fifth (without frozen)", "of similarity", "of loss", "effective share of the batch"]
+    return table(head, rows)
 
 
 def describe(pairs, sources):

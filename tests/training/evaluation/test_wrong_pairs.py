@@ -38,6 +38,9 @@ def test_weights_are_relative_to_their_batch(tmp_path):
     assert wrong_pairs.effective_share(pairs) == pytest.approx((1 + 1 / (1 / 16 + 9 / 16) / 2) / 2)
     text = wrong_pairs.describe(pairs, ["a", "b", "b"])
     assert "50.0% of 4" in text and "| 2–2 | 1.000 | 0.000 | 1.000 | 0.800 | 0.500 | 0.500 | 1.500 |" in text
+    longer = {name: np.concatenate([values] * 5) for name, values in pairs.items()} | {"step": np.arange(20) // 2}
+    row = wrong_pairs.compare({"a": [longer, longer]}).splitlines()[-1]  # every fifth has both batches
+    assert row == "| a | 2 | 0.88 0.88 0.88 0.88 0.88 | 0.875 (0.875) | 0.750 (0.750) | 1.000 (1.000) | 0.900 |"
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     assert wrong_pairs.read(tmp_path / "log.jsonl") is None
 
