@@ -29,6 +29,8 @@ PICTURE_FORMATS = {
 }
 IMAGE = set(PICTURE_FORMATS) - {".gif"}
 DICOM = {".dcm", ".dicom", ".ima"}
+# kind of clip: extensions. To add a kind: its row here, a module with its reader, and the reader's row in decode.py.
+KINDS = {"image": IMAGE, "video": VIDEO, "dicom": DICOM}
 
 
 class UnreadableClip(Exception):
@@ -54,10 +56,19 @@ class Clip:
     root: Path | None = None
 
 
+def kind_of(extension: str) -> str | None:
+    """The kind of clip of files with this extension.
+
+    >>> kind_of(".png"), kind_of(".dcm"), kind_of(".doc")
+    ('image', 'dicom', None)
+    """
+    return next((kind for kind, extensions in KINDS.items() if extension in extensions), None)
+
+
 def extension_of(path: Path) -> str:
     """The extension that says what a file is, in lower case; of a link with an unknown one, that of its target."""
     own = path.suffix.lower()
-    if own in VIDEO or own in IMAGE or own in DICOM or not path.is_symlink():
+    if kind_of(own) or not path.is_symlink():
         return own
     return os.path.splitext(os.path.realpath(path))[1].lower()
 

@@ -18,6 +18,9 @@ from uscl_hub.clips.dicom import dicom_frames
 from uscl_hub.clips.image import image_frames, numbered_frames
 from uscl_hub.clips.video import video_frames
 
+# kind of clip: a function of (clip, stride, note) that yields (uint8 (H, W), frames per second, seconds) a frame
+READERS = {"video": video_frames, "dicom": dicom_frames, "frames": numbered_frames, "image": image_frames}
+
 
 def content_hash(clip: Clip) -> str:
     """Hex SHA-256 of a clip's file; of a folder of frames, of the files' digests in order.
@@ -75,7 +78,7 @@ def iter_frames(
         raise ValueError(f"stride and max_frames must be at least 1, got {stride} and {max_frames}")
     if clip.kind == "closed":
         raise _closed(clip)
-    reader = {"video": video_frames, "dicom": dicom_frames, "frames": numbered_frames, "image": image_frames}[clip.kind]
+    reader = READERS[clip.kind]
     if clip.kind == "video" and clip.files[0].suffix.lower() == ".gif":
         reader = image_frames  # Pillow composes partial frames; FFmpeg gives the same with more ado
 

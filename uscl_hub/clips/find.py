@@ -13,7 +13,7 @@ from typing import Iterator, Sequence
 import numpy as np
 
 from uscl_hub.clips.alike import ALIKE, headers, likeness
-from uscl_hub.clips.clip import DICOM, IMAGE, VIDEO, Clip, extension_of
+from uscl_hub.clips.clip import Clip, extension_of, kind_of
 from uscl_hub.files import open_regular
 
 FRAMES = ("auto", "clip", "images")
@@ -172,9 +172,7 @@ def _clips_of_folder(
 def _kind(path: Path, report: Report, name: str) -> tuple[str | None, str]:
     """'image', 'video', 'dicom', or None for what is passed over, which is reported; the extension that says so."""
     extension = extension_of(path)
-    by_name = (
-        "image" if extension in IMAGE else "video" if extension in VIDEO else "dicom" if extension in DICOM else None
-    )
+    by_name = kind_of(extension)
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
