@@ -26,6 +26,7 @@ from PIL import Image
 
 import uscl_hub
 from training.config import Config
+from training.data.provenance import Provenance
 from training.engine.export import export
 from uscl_hub import cli, models
 
@@ -232,7 +233,7 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("examples")
     torch.manual_seed(0)
     backbone = timm.create_model("resnet18", num_classes=0)
-    about = {"method": "meta_uscl", "steps": 1, "sources": [], "manifest_sha256": "", "metrics": {}}
+    about = Provenance("meta_uscl", 1, [], "", {})
     export(backbone, "meta_uscl_resnet18", 64, folder / "runs/demo/export", about)
     for i, label in enumerate(("benign", "malignant", "normal") * 2):
         (folder / "images" / label).mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from uscl_hub.registry import plain_name  # noqa: E402
 
 
 @dataclass
-class Config:
+class AblateConfig:
     """Train and evaluate a list of arms."""
 
     arms: tuple[str, ...] = ("random", "simclr", "uscl/standard/3", "uscl/inner/3", "meta_uscl/standard/3")
@@ -39,11 +39,11 @@ class Config:
     """ablation.md, a training each arm and seed, evaluation/ with its report."""
     train: configs.Config = field(default_factory=configs.Config)
     """What all trainings share; method, pairs.mode, pairs.frames, seed, out and data.cache are set by the arm."""
-    evaluate: evaluation.Config = field(default_factory=evaluation.Config)
+    evaluate: evaluation.EvaluateConfig = field(default_factory=evaluation.EvaluateConfig)
     """How all are evaluated; backbones, seeds, out and cache are set."""
 
 
-def main(config: Config) -> Path:
+def main(config: AblateConfig) -> Path:
     """Train what is missing, evaluate, and return the table's path. Raises EvaluationError or CheckpointError."""
     out = Path(config.out)
     backbones = {arm: f"{arm}=random:{plain_name(config.train.model.name)}" for arm in config.arms}
@@ -76,7 +76,7 @@ def slug(arm: str) -> str:
     return arm.replace("/", "-")
 
 
-def training(config: Config, arm: str, seed: int) -> configs.Config:
+def training(config: AblateConfig, arm: str, seed: int) -> configs.Config:
     """The settings of one training. Raises EvaluationError for an arm that does not exist."""
     method = arm.partition("/")[0]
     one = copy.deepcopy(config.train)
@@ -182,5 +182,5 @@ def table(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    settings = configs.cli(Config, __doc__)
+    settings = configs.cli(AblateConfig, __doc__)
     command(lambda: main(settings) and None, prefix="ablate.py: ")

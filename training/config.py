@@ -37,7 +37,7 @@ class Data:
     simulated: int = 0
     """So many simulated clips of 8 frames are added to data.roots, as the source 'simulated'."""
     stride: int = 1
-    """Keep every so-manieth frame of a clip."""
+    """Keep every n-th frame of a clip."""
     balance: float = 0.0
     """0: every clip is drawn as often as any other; 1: every root folder as often as any other; between them,
     (clips of the folder) ** (1 - balance)."""
@@ -224,7 +224,8 @@ class Config:
     device: str = "auto"
     """'auto', 'cpu' or 'cuda'."""
     precision: str = "fp32"
-    """'fp32' or 'bf16' (autocast of the encoder; rough meta-gradients in the first steps, see README, Speed)."""
+    """'fp32' or 'bf16' (autocast of the encoder; inexact meta-gradients in the first steps, see
+    docs/results/speed.md)."""
     save_every: int = 200
     """Steps between checkpoints."""
     eval_epochs: int = 1

@@ -54,7 +54,7 @@ DEFAULT_TASKS = ("pocus", "busi", "busi3", "blues")
 
 
 @dataclass
-class Config:
+class EvaluateConfig:
     """Evaluate backbones on downstream ultrasound tasks."""
 
     backbones: tuple[str, ...] = ("random:resnet18",)
@@ -124,7 +124,7 @@ class Config:
     """Segmentation: busi_seg, or own images with masks."""
 
 
-def main(config: Config) -> Path:
+def main(config: EvaluateConfig) -> Path:
     """Run everything and return the output folder. Raises UserError."""
     started = time.time()
     config = with_tasks(config)
@@ -162,7 +162,7 @@ def main(config: Config) -> Path:
     return out
 
 
-def write(config: Config, result: dict, arrays: dict):
+def write(config: EvaluateConfig, result: dict, arrays: dict):
     """results.json, arrays.npz and what is made of them."""
     out = Path(config.out)
     files.write_whole(out / "arrays.npz", functools.partial(np.savez_compressed, **arrays))
@@ -174,16 +174,18 @@ def write(config: Config, result: dict, arrays: dict):
     print(f"{out / 'report.html'} written, {result['seconds']:.0f} s")
 
 
-def with_tasks(config: Config) -> Config:
+def with_tasks(config: EvaluateConfig) -> EvaluateConfig:
     """The settings with the tasks that are meant where none are named."""
     if config.tasks:
         return config
     folders = {folder for folder, _ in datasets.BUILT_IN.values()}
-    mine = config.test or config.data != Config.data and not any((Path(config.data) / f).is_dir() for f in folders)
+    mine = (
+        config.test or config.data != EvaluateConfig.data and not any((Path(config.data) / f).is_dir() for f in folders)
+    )
     return replace(config, tasks=(own.NAME,) if mine else DEFAULT_TASKS)
 
 
-def load_tasks(config: Config) -> list[Task]:
+def load_tasks(config: EvaluateConfig) -> list[Task]:
     """The tasks, with what is to be known of own data on the terminal. Raises UserError."""
     data = DATA / "classification" if own.NAME in config.tasks else Path(config.data)
     source = own.Source(config.data, config.test, config.task, config.columns, config.classes, config.frames)
@@ -198,7 +200,7 @@ def load_tasks(config: Config) -> list[Task]:
     return loaded
 
 
-def check(config: Config):
+def check(config: EvaluateConfig):
     """Refuse settings that cannot work before anything is decoded."""
     for given, known, what in (
         (config.tasks, (*datasets.NAMES, own.NAME), "tasks"),
@@ -231,8 +233,8 @@ def check(config: Config):
         raise EvaluationError("device: torch sees no CUDA device here; leave --device at 'auto'")
 
 
-def input_sizes(config: Config) -> dict[str, int]:
-    """Side of every backbone's input; Config.px says by which rule."""
+def input_sizes(config: EvaluateConfig) -> dict[str, int]:
+    """Side of every backbone's input; EvaluateConfig.px says by which rule."""
     given = {spec: px for spec in config.backbones if (px := split_px(spec)[1])}
     if config.px:
         return {spec: given.get(spec, config.px) for spec in config.backbones}
@@ -246,7 +248,7 @@ def input_sizes(config: Config) -> dict[str, int]:
     }
 
 
-def inspect(config: Config, px: dict[str, int], loaded: list[Task]) -> tuple[dict, dict]:
+def inspect(config: EvaluateConfig, px: dict[str, int], loaded: list[Task]) -> tuple[dict, dict]:
     """What every backbone is, and how many groups of which (backbone, task) it must not be tested on."""
     backbones, refused = {}, {}
     for spec in config.backbones:
@@ -274,7 +276,7 @@ def inspect(config: Config, px: dict[str, int], loaded: list[Task]) -> tuple[dic
     return backbones, refused
 
 
-def look_alikes(config: Config, px: dict[str, int], loaded: list[Task], refused: dict) -> list[dict]:
+def look_alikes(config: EvaluateConfig, px: dict[str, int], loaded: list[Task], refused: dict) -> list[dict]:
     """Warnings of pictures that look like some of the pretraining, or of the training; their pairs as pictures."""
     found = [("the training data", task, leaks.find_crossing(task, Path(config.cache)), "") for task in loaded
              if task.external]  # fmt: skip
@@ -305,5 +307,5 @@ def environment(device: str) -> dict:
 
 
 if __name__ == "__main__":
-    settings = configs.cli(Config, __doc__)
+    settings = configs.cli(EvaluateConfig, __doc__)
     command(lambda: main(settings) and None, prefix="evaluate.py: ")

@@ -162,7 +162,7 @@ def describe(pairs, sources, groups):
     )
 
 
-def draw(pairs, sources, path):
+def plot(pairs, sources, path):
     """Weight against similarity and against frame distance, coloured by source."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     source = np.asarray(sources)[pairs["clip"]]
@@ -214,7 +214,7 @@ def main(run, batches=60, model_card=None, section="weights"):
     text = describe(pairs, sources, clips.groups)
     if (logged := wrong_pairs.read(run / "log.jsonl")) is not None:
         text += f"\n\n{wrong_pairs.describe(logged, sources)}"
-    draw(pairs, sources, run / "figures" / "explain.png")
+    plot(pairs, sources, run / "figures" / "explain.png")
     if model_card:
         name = f"`python training/explain.py {run.name} --model-card {Path(model_card).name}`"
         report.replace_section(Path(model_card), section, f"{name}; {state.step} steps, seed {config.seed}.\n\n{text}")

@@ -13,12 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro  # noqa: E402
 
 from training.messages import command  # noqa: E402
-from training.tuning.run import Config, run  # noqa: E402
+from training.tuning.run import FinetuneConfig, run  # noqa: E402
 from uscl_hub import files  # noqa: E402
 from uscl_hub.errors import UserError  # noqa: E402
 
 
-def main(config: Config) -> dict:
+def main(config: FinetuneConfig) -> dict:
     """Run within the output folder, which is locked. Raises UserError."""
     out = Path(config.out)
     try:
@@ -32,5 +32,5 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    settings = tyro.cli(Config, description=__doc__)
+    settings = tyro.cli(FinetuneConfig, description=__doc__)
     command(lambda: main(settings) and None, "finetune.py: ", "interrupted; the same command goes on")

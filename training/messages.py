@@ -48,7 +48,7 @@ def without_folders(value):
     if not isinstance(value, str):
         return value
     name, equals, path = value.rpartition("=")
-    kinds = [kind for kind in (PurePosixPath, PureWindowsPath) if kind(path).is_absolute()]
+    kinds = [kind for kind in (PurePosixPath, PureWindowsPath) if path.startswith("~") or kind(path).is_absolute()]
     return f"{name}{equals}.../{kinds[0](path).name}" if kinds else value
 
 

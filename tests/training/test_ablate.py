@@ -9,7 +9,7 @@ import pytest
 from training import ablate, run
 from training import config as configs
 from training import evaluate as evaluation
-from training.ablate import Config
+from training.ablate import AblateConfig
 from training.evaluation.datasets import EvaluationError
 
 ARMS = ("random", "simclr", "meta_uscl/inner/2")
@@ -19,8 +19,8 @@ CONFIGS = Path(ablate.__file__).parent / "configs"
 @pytest.fixture
 def config(tiny, downstream, tmp_path):
     data = {"data": str(downstream), "blues": str(downstream / "covid_blues")}
-    tasks = evaluation.Config(tasks=("busi",), protocols=("knn",), folds=2, draws=50, device="cpu", **data)
-    return Config(ARMS, (0, 1), str(tmp_path / "ablation"), tiny(optim={"steps": 2}), tasks)
+    tasks = evaluation.EvaluateConfig(tasks=("busi",), protocols=("knn",), folds=2, draws=50, device="cpu", **data)
+    return AblateConfig(ARMS, (0, 1), str(tmp_path / "ablation"), tiny(optim={"steps": 2}), tasks)
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_options_and_the_control_are_arms_of_their_own(config):
     one = ablate.training(config, "meta_uscl/inner/3/statistics/by_source/corrupt40", 0)
     assert (one.meta.input, one.meta.by_source, one.pairs.corrupt) == ("statistics", True, 0.4)
     assert ablate.training(config, "uscl/inner/3/distance", 0).loss.weights == "distance"
-    fair = configs.load(Config, CONFIGS / "fair_test.yaml")
+    fair = configs.load(AblateConfig, CONFIGS / "fair_test.yaml")
     assert len({ablate.training(fair, arm, 0).out for arm in fair.arms}) == len(fair.arms)
 
 
@@ -161,7 +161,7 @@ def test_the_table_marks_only_differences_whose_interval_excludes_0():
 
 
 def test_the_shipped_list_is_the_paper_s():
-    config = configs.load(Config, CONFIGS / "ablation.yaml")
+    config = configs.load(AblateConfig, CONFIGS / "ablation.yaml")
     settings = {arm: ablate.training(config, arm, 0) for arm in config.arms if arm != "random"}
     assert config.arms[0] == "random" and {c.method for c in settings.values()} == {"simclr", "uscl", "meta_uscl"}
     assert {c.pairs.frames for c in settings.values() if c.method == "meta_uscl"} == {1, 2, 3, 5}

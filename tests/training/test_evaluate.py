@@ -15,9 +15,10 @@ from PIL import Image
 
 from training import config as configs
 from training import evaluate
+from training.data.provenance import Provenance
 from training.engine.export import export, fingerprint
-from training.evaluate import Config
-from training.evaluation import protocols, report, segmentation
+from training.evaluate import EvaluateConfig
+from training.evaluation import features, protocols, report, segmentation
 from training.evaluation.backbones import LeakError
 from training.evaluation.datasets import EvaluationError
 from training.evaluation.protocols import FineTune
@@ -29,8 +30,7 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """An export that was pretrained on patient_3 of the simulated COVID-BLUES."""
-    provenance = {"method": "uscl", "steps": 3, "seed": 0, "sources": [], "metrics": {}, "manifest_sha256": ""}
-    provenance |= {"groups": [fingerprint("patient_3")], "clips": []}
+    provenance = Provenance("uscl", 3, [], "", {}, groups=[fingerprint("patient_3")])
     model = timm.create_model("test_resnet", num_classes=0)
     return export(model, "test_resnet", 32, tmp_path_factory.mktemp("trained") / "export", provenance)
 
@@ -38,7 +38,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(downstream, trained, tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluation")
-    return Config(
+    return EvaluateConfig(
         backbones=("random:test_resnet", f"ours={trained}"),
         tasks=("pocus", "busi", "blues", "busi_seg"),
         protocols=("knn", "linear", "finetune_last", "finetune_full"),
@@ -117,7 +117,7 @@ def test_the_confusion_is_that_of_the_stored_scores(result, out):
 
 def test_what_is_needed_to_redo_it(result, config, out):
     assert result["config"]["seeds"] == [0, 1] and result["environment"]["torch"] and "commit" in result["environment"]
-    assert configs.load(Config, out / "config.yaml") == config
+    assert configs.load(EvaluateConfig, out / "config.yaml") == config
     pocus = result["tasks"]["pocus"]
     assert len(pocus["items"]) == 19 and len(pocus["folds"]["0"]) == 19 and pocus["folds"]["0"] != pocus["folds"]["1"]
     assert len(result["backbones"]["random:test_resnet"]["sha"]) == 2 and len(result["backbones"]["ours"]["sha"]) == 1
@@ -128,7 +128,7 @@ def test_no_folder_of_this_machine_is_named(config, out, tmp_path):
     assert str(tmp_path.parent) in config.data + config.out  # the fixture's are absolute
     for name in ("results.json", "report.md", "report.html"):
         assert str(tmp_path.parent) not in (out / name).read_text(encoding="utf-8")
-    assert not Path(Config().data).is_absolute() or "USCL_DATA" in os.environ
+    assert not Path(EvaluateConfig().data).is_absolute() or "USCL_DATA" in os.environ
 
 
 HOSTILE = "<script>alert(1)</script> ` ** | [k](javascript:x)\n\n| a | b |"
@@ -216,9 +216,9 @@ def test_the_model_card_changes_between_its_markers_only(config, out, result):
 
 
 def test_a_second_run_computes_nothing_and_says_the_same(config, out, result, monkeypatch):
-    for module, name in ((protocols, "knn"), (protocols, "linear"), (protocols, "compute"), (segmentation, "train")):
+    for module, name in ((protocols, "knn"), (protocols, "linear"), (features, "compute"), (segmentation, "train")):
         monkeypatch.setattr(module, name, None)
-    monkeypatch.setattr(report, "draw", lambda *args: [])  # the first run's are looked at
+    monkeypatch.setattr(report, "plot", lambda *args: [])  # the first run's are looked at
     again = evaluate.main(replace(config, out=str(out.parent / "again"), model_card=""))
     second = json.loads((again / "results.json").read_text())
     for key in ("results", "differences", "tasks", "backbones", "refused"):
@@ -279,8 +279,8 @@ def test_the_command_line(config, tmp_path):
     """A YAML file, overrides, and an error without a traceback."""
     file = tmp_path / "c.yaml"
     file.write_text(f"tasks: busi\nlast: {{epochs: 2}}\nout: {tmp_path / 'out'}\ncache: {config.cache}\n")
-    loaded = configs.load(Config, file)
-    assert loaded.tasks == ("busi",) and loaded.last == FineTune(2, 0.01, 128) and loaded.full == Config().full
+    loaded = configs.load(EvaluateConfig, file)
+    assert loaded.tasks == ("busi",) and loaded.last == FineTune(2, 0.01, 128) and loaded.full == EvaluateConfig().full
     ended = fresh.script("training/evaluate.py", "--config", file, "--data", tmp_path)
     assert ended.returncode == 1 and ended.stderr.splitlines()[-1].startswith("evaluate.py: ")
     assert "no such folder" in ended.stderr and "Traceback" not in ended.stderr
@@ -307,7 +307,7 @@ def own(folder, header, value, count=24, seed=0):
 def on_own(tmp_path):
     def run(data, **changes):
         protocols = ("knn", "linear", "finetune_full")
-        base = Config(("random:test_resnet",), (), protocols, folds=2, draws=50, data=data, px=32, device="cpu")
+        base = EvaluateConfig(("random:test_resnet",), (), protocols, folds=2, draws=50, data=data, px=32, device="cpu")
         base = replace(base, full=FineTune(2, 1e-3, 8), segment=Segment(px=32, epochs=1))
         changed = replace(base, out=str(tmp_path / "out"), cache=str(tmp_path / "cache"), **changes)
         out = evaluate.main(changed)
@@ -394,7 +394,7 @@ def test_which_tasks_are_meant(tmp_path, monkeypatch, changes, tasks):
     (tmp_path / "builtin" / "busi").mkdir(parents=True)
     (tmp_path / "mine" / "benign").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert evaluate.with_tasks(Config(**changes)).tasks == tasks
+    assert evaluate.with_tasks(EvaluateConfig(**changes)).tasks == tasks
 
 
 @pytest.mark.slow
@@ -408,7 +408,7 @@ def test_a_subset_of_the_real_data(tmp_path):
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path)
     (pocus / "file_index.csv").symlink_to(DATA / "classification" / "pocus_lung" / "file_index.csv")
-    run = Config(
+    run = EvaluateConfig(
         tasks=("pocus",), folds=2, draws=50, px=32, rate=1.0, data=str(tmp_path), device="cpu",
         out=str(tmp_path / "out"), cache=str(tmp_path / "cache"),
     )  # fmt: skip

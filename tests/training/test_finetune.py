@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 
 def settings(folder, tiny_export, out, **more):
     base = {"backbones": (f"tiny={tiny_export}",), "minutes": 5, "folds": 2, "device": "cpu"}
-    return run.Config(str(folder), str(out), **{**base, **more})
+    return run.FinetuneConfig(str(folder), str(out), **{**base, **more})
 
 
 def setting_of(folder, tiny_export, tmp_path, **more):
@@ -417,7 +417,7 @@ def test_broken_tables_are_one_line_before_anything_long(tmp_path, text, message
     source = table(tmp_path, text)
     monkeypatch.setattr(run, "load_backbone", lambda *a: pytest.fail("the labels come first"))
     with pytest.raises(UserError, match=message) as error:
-        run.run(run.Config(str(source), str(tmp_path / "out")))
+        run.run(run.FinetuneConfig(str(source), str(tmp_path / "out")))
     assert "\n" not in str(error.value)
 
 
@@ -431,7 +431,7 @@ def test_other_broken_settings_are_one_line(folder, tmp_path):
         ({"crop": "all"}, "crop"),
         ({"data": str(tmp_path / "nowhere")}, "nowhere"),
     ):
-        config = run.Config(**{"data": str(folder / "classes"), "out": str(tmp_path), **more})
+        config = run.FinetuneConfig(**{"data": str(folder / "classes"), "out": str(tmp_path), **more})
         with pytest.raises(UserError, match=message) as error:
             run.run(config)
         assert "\n" not in str(error.value)

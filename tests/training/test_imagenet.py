@@ -123,6 +123,6 @@ def test_a_size_after_the_name(tmp_path, monkeypatch):
 )
 def test_imagenet_has_the_size_of_what_it_is_compared_with(px, expected):
     specs = ("random:resnet18", "imagenet", "meta_uscl_resnet18", "imagenet@224", "small=random:resnet18@48")
-    assert list(evaluate.input_sizes(evaluate.Config(backbones=specs, px=px)).values()) == expected
-    alone = evaluate.input_sizes(evaluate.Config(backbones=("random:resnet18", "imagenet")))
+    assert list(evaluate.input_sizes(evaluate.EvaluateConfig(backbones=specs, px=px)).values()) == expected
+    alone = evaluate.input_sizes(evaluate.EvaluateConfig(backbones=("random:resnet18", "imagenet")))
     assert list(alone.values()) == [224, 224]

@@ -111,6 +111,7 @@ def test_text_for_tables():
     "value, shown",
     [
         ("/home/ann/scans", ".../scans"),
+        ("ours=~/scans", "ours=.../scans"),
         ("--data=/home/ann/scans", "--data=.../scans"),
         ("C:\\Users\\ann\\scans", ".../scans"),
         ("ours=/tmp/run-{seed}/export@112", "ours=.../export@112"),

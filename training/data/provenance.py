@@ -2,11 +2,64 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from training.data.cache import FrameCache
 from training.data.perceptual import frame_hashes, positions
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A folder of clips that a training learned from: its public name, how much it holds, and its licence."""
+
+    name: str
+    clips: int
+    frames: int
+    licence: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an export's weights come from: `uscl_hub` in its config.json, which also has code, sha256 and created.
+
+    Attributes:
+        method: 'simclr', 'uscl', 'meta_uscl' or 'distil'.
+        steps: of the training.
+        sources: of the clips.
+        manifest_sha256: hex, of the run's manifest.json, a line a clip.
+        metrics: val_loss, knn and effective_rank of the last validation; None: not measured.
+        seed: of the training.
+        projector_dim: width of the projection.
+        config: the settings that a resumed run must share, by dotted name, without folders.
+        parents: provenances of the weights that the training started from, and of its teachers.
+        groups: fingerprints of the patients, sorted.
+        clips, files, frame_hashes, frame_hashes_of: see `contents`.
+
+    >>> known = Provenance("uscl", 10, [DataSource("lung", 3, 40, "CC BY 4.0")], "ab" * 32, {"knn": None})
+    >>> known.as_dict()["sources"]
+    [{'name': 'lung', 'clips': 3, 'frames': 40, 'licence': 'CC BY 4.0'}]
+    """
+
+    method: str
+    steps: int
+    sources: list[DataSource]
+    manifest_sha256: str
+    metrics: dict[str, float | None]
+    seed: int = 0
+    projector_dim: int = 128
+    config: dict[str, object] = field(default_factory=dict)
+    parents: list[dict] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    clips: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    frame_hashes: list[list[str]] = field(default_factory=list)
+    frame_hashes_of: dict[str, object] = field(default_factory=dict)
+
+    def as_dict(self) -> dict:
+        """For JSON; without parents where there are none."""
+        return {key: value for key, value in asdict(self).items() if value or key != "parents"}
 
 
 def contents(cache: FrameCache) -> dict:

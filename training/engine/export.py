@@ -31,7 +31,7 @@ def export(backbone, name, size, folder, provenance):
         name: the name it was created by.
         size: pixels of the input's sides.
         folder: is made.
-        provenance: dict for config.json's "uscl_hub" (method, steps, config, sources, ...), JSON-serialisable.
+        provenance: a `Provenance`, what config.json's "uscl_hub" says.
 
     Returns:
         The folder as a Path: model.safetensors, config.json, README.md.
@@ -44,7 +44,7 @@ def export(backbone, name, size, folder, provenance):
     write_whole(folder / "model.safetensors", lambda path: save_tensors(state, path))
     digest = sha256(folder / "model.safetensors")
     provenance = {
-        **provenance,
+        **provenance.as_dict(),
         "code": code_version(),
         "sha256": digest,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

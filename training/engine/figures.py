@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from training.engine.validation import features
+from training.engine.validation import representations
 from uscl_hub.files import write_whole
 
 matplotlib.use("Agg")
@@ -59,7 +59,7 @@ def weight_histogram(log, sources, path, last=100):
 def similarity_against_weight(encoder, cmw, frames, size, device, path):
     """A clip's frames against its first: cosine similarity of the representations and the pair's weight."""
     numbers = np.linspace(0, len(frames) - 1, min(SHOWN, len(frames))).round().astype(int)
-    h = torch.from_numpy(features(encoder.backbone, frames[numbers], size, device)).to(device)
+    h = torch.from_numpy(representations(encoder.backbone, frames[numbers], size, device)).to(device)
     first = h[:1].expand_as(h)
     similarity = torch.cosine_similarity(first, h).cpu()
     weights = cmw.float()(torch.stack([first, h])).cpu()

@@ -2,21 +2,19 @@
 
 import hashlib
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 
 from training.data.dataset import SIMULATED
-from training.data.provenance import contents
+from training.data.provenance import DataSource, Provenance, contents
 from training.engine import export, figures
-from training.engine.validation import features, probe_backbone, sample_frames
-from training.messages import say
-from training.method.networks import input_size
+from training.engine.validation import probe_backbone, representations, sample_frames
+from training.messages import say, without_folders
 from uscl_hub.errors import UserError
 from uscl_hub.files import write_text
+from uscl_hub.models import size_arguments
 from uscl_hub.registry import plain_name
 
 RELOADED = 1e-3  # largest difference of the export's features, as a share of the largest feature
@@ -26,7 +24,7 @@ def finish(state, config, clips, out, device):
     """Write out/figures, out/manifest.json and out/export, and say what the export reaches."""
     log = figures.read_log(out / "log.jsonl")
     checks = next(row for row in reversed(log) if "val_loss" in row)
-    draw(state, config, clips, log, out / "figures", device)
+    plot(state, config, clips, log, out / "figures", device)
     provenance = describe(state, config, clips, checks, write_manifest(clips, out / "manifest.json"))
     path = export.export(state.encoder.backbone, config.model.name, config.model.size, out / "export", provenance)
     difference, scale = reloaded_difference(state, config, clips, path, device)
@@ -40,7 +38,7 @@ def finish(state, config, clips, out, device):
     )
 
 
-def draw(state, config, clips, log, folder, device):
+def plot(state, config, clips, log, folder, device):
     """Loss curves and, where weights were learned, their histogram and how they fall along the longest clip."""
     folder.mkdir(exist_ok=True)
     figures.loss_curves(log, folder / "loss.png")
@@ -63,40 +61,30 @@ def write_manifest(clips, path):
 
 
 def describe(state, config, clips, checks, manifest):
-    """The export's provenance."""
+    """The export's `Provenance`."""
     rows, digest = manifest
     sources = np.array(clips.cache.sources)
-    return {
-        "method": config.method,
-        "steps": state.step,
-        "seed": config.seed,
-        "projector_dim": config.model.dim,
-        "config": {key: without_folders(value) for key, value in state.fixed.items()},
-        **({"parents": state.parents} if state.parents else {}),
-        "sources": [
-            {
-                "name": public,
-                "clips": int((sources == name).sum()),
-                "frames": int(clips.cache.lengths[sources == name].sum()),
-                "licence": licence_of(name, config),
-            }
+    return Provenance(
+        method=config.method,
+        steps=state.step,
+        sources=[
+            DataSource(
+                name=public,
+                clips=int((sources == name).sum()),
+                frames=int(clips.cache.lengths[sources == name].sum()),
+                licence=licence_of(name, config),
+            )
             for name, public in clips.public.items()
         ],
-        "manifest_sha256": digest,
-        "groups": sorted({row["group"] for row in rows}),
+        manifest_sha256=digest,
+        metrics={k: checks[k] for k in ("val_loss", "knn", "effective_rank")},
+        seed=config.seed,
+        projector_dim=config.model.dim,
+        config={key: without_folders(value) for key, value in state.fixed.items()},
+        parents=state.parents,
+        groups=sorted({row["group"] for row in rows}),
         **contents(clips.cache),
-        "metrics": {k: checks[k] for k in ("val_loss", "knn", "effective_rank")},
-    }
-
-
-def without_folders(value):
-    """A setting as it may leave the machine: of an absolute path only the last name ('NAME=/a/b' -> 'NAME=b')."""
-    if isinstance(value, (list, tuple)):
-        return [without_folders(one) for one in value]
-    if not isinstance(value, str):
-        return value
-    name, equals, path = value.rpartition("=")
-    return f"{name}{equals}{Path(path).name}" if os.path.isabs(os.path.expanduser(path)) else value
+    )
 
 
 def licence_of(source, config):
@@ -111,14 +99,16 @@ def reloaded_difference(state, config, clips, path, device):
     frames = clips.cache.take(*sample_frames(clips.cache, clips.val, 1))
     reloaded = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0)
     reloaded = reloaded.to(device, memory_format=torch.channels_last)
-    ours, theirs = (features(model, frames, config.model.size, device) for model in (state.encoder.backbone, reloaded))
+    models, size = (state.encoder.backbone, reloaded), config.model.size
+    ours, theirs = (representations(model, frames, size, device) for model in models)
     return np.abs(ours - theirs).max(), np.abs(ours).max()
 
 
 def untrained(config, clips, device):
     """The probe's figures of the same architecture at its random start."""
     torch.manual_seed(config.seed)
-    model = timm.create_model(plain_name(config.model.name), num_classes=0, **input_size(config.model))
+    name, size = config.model.name, config.model.size
+    model = timm.create_model(plain_name(name), num_classes=0, **size_arguments(name, size))
     return probe_backbone(model.to(device, memory_format=torch.channels_last), config, clips, device)
 
 

@@ -33,22 +33,18 @@ class Log:
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
         self.last = {}
 
-    def step(self, step, loss, lr, batch, result, seconds, waited, loaded):
-        """Record a step of `seconds`, of which it waited so many for the `batch` clips that were `loaded`.
+    def step(self, step, loss, result, loaded, numbers):
+        """Record a step: its loss, its result (a `step.Step`), the pairs it was made of, and further numbers by name.
 
         Where pairs are made wrong (pairs.corrupt), the row says which, and every pair's similarity and loss.
+
+        Args:
+            numbers: {'lr': ..., 'images_per_s': ..., 'wait_share': share of the time that it waited for `loaded`}.
         """
-        meta_loss = None if result.meta_loss is None else result.meta_loss.item()
+        meta_loss = {} if result.meta_loss is None else {"meta_loss": result.meta_loss.item()}
         if not self.on:
             return
-        numbers = {
-            "loss": loss,
-            "meta_loss": meta_loss,
-            "lr": lr,
-            "images_per_s": 2 * batch / seconds,
-            "wait_share": waited / seconds,
-        }
-        row = {"step": step, **{k: v for k, v in numbers.items() if v is not None}}
+        row = {"step": step, "loss": loss, **meta_loss, **numbers}
         for k, v in row.items():
             self.board.add_scalar(f"train/{k}", v, step)
         if result.weights is not None:
@@ -58,7 +54,7 @@ class Log:
             row.update(clips=np.asarray(loaded.clips).tolist(), faults=loaded.faults)
             row.update(similarity=rounded(result.similarity), losses=rounded(result.losses))
         self.file.write(json.dumps(row) + "\n")
-        self.last.update(loss=f"{loss:.3f}", lr=f"{lr:.3g}")
+        self.last.update(loss=f"{loss:.3f}", lr=f"{numbers['lr']:.3g}")
         self.last.update(img_s=f"{numbers['images_per_s']:.0f}")
         self.bar.set_postfix(self.last, refresh=False)
         self.bar.update()

@@ -19,10 +19,11 @@ from training.engine.log import Log
 from training.engine.state import Diverged, State, fixed, save
 from training.engine.validation import validate
 from training.messages import one_line, say, signals_set
-from training.method.networks import CMWNet, Encoder, StatisticsNet, input_channels, input_size
+from training.method.networks import CMWNet, Encoder, StatisticsNet, input_channels
 from training.method.step import Learner, Step, contrastive_step, delayed_step, exact_step
 from training.method.weighting import Weighting
 from uscl_hub.errors import UserError
+from uscl_hub.models import size_arguments
 
 
 def build(config: Config, clips: Clips, device: torch.device) -> State:
@@ -71,7 +72,7 @@ def held(encoder, model):
 
 def make_encoder(model):
     try:
-        encoder = Encoder(model.name, model.dim, pretrained=model.pretrained, **input_size(model))
+        encoder = Encoder(model.name, model.dim, pretrained=model.pretrained, **size_arguments(model.name, model.size))
     except (OSError, RuntimeError) as error:  # no such weights, or no network to fetch them
         message = f"model: cannot make {model.name} with pretrained {model.pretrained}: {one_line(error)}"
         raise UserError(message) from error
@@ -200,7 +201,8 @@ def loop(state: State, config: Config, clips: Clips, out, device: torch.device, 
             if not math.isfinite(loss):
                 raise Diverged(f"the loss is {loss}")
             seconds = time.perf_counter() - start
-            log.step(state.step, loss, lr, config.optim.batch, result, seconds, waited, loaded)
+            speed = {"images_per_s": 2 * config.optim.batch / seconds, "wait_share": waited / seconds}
+            log.step(state.step, loss, result, loaded, {"lr": lr, **speed})
 
             last = state.step == total
             stop = distributed.any_(stopped.is_set(), device)

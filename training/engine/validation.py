@@ -59,7 +59,7 @@ def probe_backbone(backbone, config, clips, device, most=100):
     def sample(split):
         some = split[np.linspace(0, len(split) - 1, min(most, len(split))).round().astype(int)]
         owner, numbers = sample_frames(clips.cache, some, 4)
-        return features(backbone, clips.cache.take(owner, numbers), config.model.size, device), owner, numbers
+        return representations(backbone, clips.cache.take(owner, numbers), config.model.size, device), owner, numbers
 
     val, owner, numbers = sample(clips.val)
     late = numbers >= clips.cache.lengths[owner] / 2
@@ -84,7 +84,7 @@ def sample_frames(cache, clips, per_clip):
 
 
 @torch.no_grad()
-def features(backbone, frames, size, device, batch=64):
+def representations(backbone, frames, size, device, batch=64):
     """Representations of grey frames, preprocessed as in deployment.
 
     Args:

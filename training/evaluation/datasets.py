@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from training.evaluation.folds import label_subset, make_folds  # noqa: F401  (their names here before)
-from training.evaluation.frames import Frames, cached, digest, frame_numbers, load_frames  # noqa: F401
+from training.evaluation.frames import TaskFrames, cached, digest, frame_numbers, load_frames  # noqa: F401
 from training.evaluation.task import EvaluationError, Item, Task, TaskError, check_excluded  # noqa: F401
 from uscl_hub.clips import Clip, UnreadableClip
 from uscl_hub.clips.clip import IMAGE, VIDEO

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from training.evaluation.backbones import Backbone
-from training.evaluation.frames import Frames, cached
+from training.evaluation.frames import TaskFrames, cached
 from training.evaluation.task import EvaluationError
 from uscl_hub.preprocess import normalise
 
@@ -26,7 +26,7 @@ def compute(forward: Callable, backbone: Backbone, images: np.ndarray, device: s
     return torch.cat([forward(to_input(chunk, backbone).to(device)).float().cpu() for chunk in chunks])
 
 
-def features(backbone: Backbone, frames: Frames, cache: Path, device: str) -> np.ndarray:
+def cached_features(backbone: Backbone, frames: TaskFrames, cache: Path, device: str) -> np.ndarray:
     """float32 (N, d) of all frames, computed once. Raises EvaluationError if they are not finite."""
     described = ["features", backbone.sha, backbone.mean, backbone.std, frames.key]
 

@@ -23,7 +23,7 @@ VERSION = 1  # of everything that decides cached numbers: decoding, protocols, t
 
 
 @dataclass
-class Frames:
+class TaskFrames:
     """images: uint8 (N, px, px); item: int (N,), each frame's index into task.items. key: of all they depend on."""
 
     images: np.ndarray
@@ -31,7 +31,9 @@ class Frames:
     key: str
 
 
-def load_frames(task: Task, px: int, cache: Path, rate: float = 3.0, crop: str = "none", workers: int = 0) -> Frames:
+def load_frames(
+    task: Task, px: int, cache: Path, rate: float = 3.0, crop: str = "none", workers: int = 0
+) -> TaskFrames:
     """Decode every item once, at about `rate` frames per second, to px squares; later calls read the cache.
 
     crop: 'none', or 'crop' / 'blank' for the detected moving region (uscl_hub/clips/crop.py). workers: threads, 0: one
@@ -58,7 +60,7 @@ def load_frames(task: Task, px: int, cache: Path, rate: float = 3.0, crop: str =
     task.notes += [note for note in notes if note not in task.notes]  # said once, however many sizes are decoded
     kept = np.setdiff1d(np.arange(len(task.items)), unreadable)
     task.items = [task.items[i] for i in kept]
-    return Frames(saved["images"], np.searchsorted(kept, saved["item"]), digest(described))
+    return TaskFrames(saved["images"], np.searchsorted(kept, saved["item"]), digest(described))
 
 
 def digest(described) -> str:

@@ -16,7 +16,7 @@ from training.evaluation.tables import NAMES, heading, in_order  # noqa: E402
 from uscl_hub.files import write_whole  # noqa: E402
 
 
-def draw(result: dict, arrays: dict, folder: Path) -> list[tuple[Path, str]]:
+def plot(result: dict, arrays: dict, folder: Path) -> list[tuple[Path, str]]:
     """All plots as PNG, with their captions."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []

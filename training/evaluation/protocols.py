@@ -21,10 +21,9 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from training.evaluation.backbones import Backbone
-from training.evaluation.features import compute, features, to_input  # noqa: F401  (their names here before)
 from training.evaluation.fine_tuning import FineTune, Tuning, finetune
 from training.evaluation.folds import label_subset
-from training.evaluation.frames import Frames, cached
+from training.evaluation.frames import TaskFrames, cached
 from training.evaluation.task import Task, TaskError
 
 PROTOCOLS = ("knn", "linear", "finetune_last", "finetune_full")
@@ -107,7 +106,7 @@ class Cell:
     of finished folds."""
 
     task: Task
-    data: Frames
+    data: TaskFrames
     folds: np.ndarray
     backbone: Backbone
     seed: int
@@ -115,7 +114,7 @@ class Cell:
     cache: Path
 
 
-def out_of_fold(
+def scores_out_of_fold(
     cell: Cell,
     protocol: str,
     inputs: Callable[[], np.ndarray | torch.Tensor],

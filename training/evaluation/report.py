@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np  # noqa: E402
 from markdown import Markdown  # noqa: E402
 
-from training.evaluation.plots import draw  # noqa: E402
+from training.evaluation.plots import plot  # noqa: E402
 from training.evaluation.tables import NAMES, about, data_notes, interval, markdown_tables, table  # noqa: E402, F401
 from training.evaluation.task import EvaluationError  # noqa: E402
 from uscl_hub.files import write_text  # noqa: E402
@@ -25,7 +25,7 @@ def write(folder: Path):
     result = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     with np.load(folder / "arrays.npz") as saved:
         arrays = dict(saved)
-    figures = draw(result, arrays, folder / "figures")
+    figures = plot(result, arrays, folder / "figures")
     pictures = "\n\n".join(f"![{caption}](figures/{path.name})" for path, caption in figures)
     text = "\n\n".join(
         ["# Evaluation of ultrasound backbones", about(result), markdown_tables(result), data_notes(result)]

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from training.evaluation import intervals, metrics, protocols, segmentation
 from training.evaluation.backbones import load_backbone, split_name
 from training.evaluation.coco import average_precision
+from training.evaluation.features import cached_features
 from training.evaluation.fine_tuning import before_last_block
 from training.evaluation.folds import task_folds
 from training.evaluation.frames import load_frames
@@ -61,7 +62,7 @@ def _cells(config, task: Task, data, spec: str, px: int, device: str) -> list[pr
 def _of_seed(config, cell: protocols.Cell, name: str, arrays: dict):
     """Yields ((protocol, fraction), predictions of every frame) of one seed."""
     task, frames, backbone, device = cell.task, cell.data, cell.backbone, cell.device
-    features = protocols.features(backbone, frames, cell.cache, device)
+    features = cached_features(backbone, frames, cell.cache, device)
     if cell.seed == config.seeds[0]:
         pooled = protocols.pool_frames(features, frames.item, len(task.items))
         arrays[f"tsne/{task.name}/{name}"] = tsne(pooled[cell.folds >= 0])
@@ -75,7 +76,7 @@ def _of_seed(config, cell: protocols.Cell, name: str, arrays: dict):
         for fraction in config.fractions:
             count = int(cell.folds.max()) + 1
             with tqdm(total=count, desc=f"{task.name} {name} {protocol} {fraction:.0%} {cell.seed}") as bar:
-                scores = protocols.out_of_fold(cell, protocol, own, fraction, recipe, bar.update)
+                scores = protocols.scores_out_of_fold(cell, protocol, own, fraction, recipe, bar.update)
             yield (protocol, fraction), scores
 
 
@@ -118,7 +119,7 @@ def _segmented(config, cells: list[protocols.Cell], name: str, key: tuple[str, f
     predicted, instances = [], []
     for cell in cells:
         with tqdm(total=int(cell.folds.max()) + 1, desc=f"{task.name} {name} {head} {fraction:.0%} {cell.seed}") as bar:
-            mask, found = segmentation.out_of_fold(cell, head, fraction, config.segment, bar.update)
+            mask, found = segmentation.masks_out_of_fold(cell, head, fraction, config.segment, bar.update)
         predicted.append(mask)
         instances += [found[i] for i in tested]
     stack = [lesions.images[shown], *(255 * mask[shown].astype(np.uint8) for mask in (lesions.masks, predicted[0]))]

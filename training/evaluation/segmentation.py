@@ -175,7 +175,7 @@ def predict(
 # ------------------------------------------------------------------------------------------------ out-of-fold runs
 
 
-def out_of_fold(
+def masks_out_of_fold(
     cell: Cell, head: str, fraction: float, recipe: Segment, done=lambda: None
 ) -> tuple[np.ndarray, list[list]]:
     """Masks, bool (N, px, px), and instances of every image from a model that has not seen its fold; see `predict`.

@@ -7,9 +7,8 @@ import torch
 from timm.models import group_parameters
 from torch import nn
 
-import uscl_hub  # noqa: F401  (registers meta_uscl_resnet18, ...)
 from training.method.weighting import STATISTICS
-from uscl_hub.registry import plain_name
+from uscl_hub.models import width
 
 
 class Encoder(nn.Module):
@@ -26,8 +25,7 @@ class Encoder(nn.Module):
     def __init__(self, name, dim=128, **kwargs):
         super().__init__()
         self.backbone = timm.create_model(name, num_classes=0, **kwargs)
-        # Some heads (MobileNetV3) widen the pooled features: `num_features` is then not what comes out.
-        self.num_features = d = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
+        self.num_features = d = width(self.backbone)
         self.projector = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, dim))
         self.held = []  # modules whose running statistics stay
 
@@ -107,9 +105,3 @@ class StatisticsNet(nn.Module):
 
     def forward(self, x):
         return torch.sigmoid(self.net(x)).squeeze(1)
-
-
-def input_size(model):
-    """Keyword arguments of `timm.create_model` for networks that are built for one size of images (ViT)."""
-    cfg = timm.get_pretrained_cfg(plain_name(model.name))
-    return {"img_size": model.size} if cfg and cfg.fixed_input_size else {}

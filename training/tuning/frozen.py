@@ -16,7 +16,7 @@ from training.tuning.pixels import Pixels
 from training.tuning.problem import Problem
 
 
-def features(backbone: Backbone, pixels: Pixels, device: str) -> np.ndarray:
+def mirrored_features(backbone: Backbone, pixels: Pixels, device: str) -> np.ndarray:
     """float32 (2, N, d): of every frame, and of its mirror image."""
     both = (pixels.images, np.ascontiguousarray(pixels.images[..., ::-1]))
     return np.stack([compute(backbone.model, backbone, images, device).numpy() for images in both])
@@ -28,7 +28,7 @@ def fit(
     """The linear head of logits x @ w.T + b; mirror images serve as further examples.
 
     Args:
-        x: float32 (2, N, d), from `features`.
+        x: float32 (2, N, d), from `mirrored_features`.
         target: as encoded, of every frame: int (N,) or float32 (N, outputs).
         weight: float (N,), of a frame: what an item's frames share.
         c: C of the logistic regression; a ridge has alpha = 1 / c.

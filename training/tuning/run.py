@@ -28,7 +28,7 @@ VERSION = 2  # of all that decides what a run finds
 
 
 @dataclass
-class Config:
+class FinetuneConfig:
     """Tune a model on own labelled images."""
 
     data: str
@@ -71,7 +71,7 @@ class Config:
     """plan.json of another run on the same data: take its decisions instead of the clock's, for the same bits."""
 
 
-def check(config: Config) -> None:
+def check(config: FinetuneConfig) -> None:
     """Refuse settings that cannot work before anything is read."""
     if config.folds < 2 or config.minutes <= 0 or config.limit < 0 or config.px < 0:
         raise UserError("folds must be at least 2, minutes above 0, limit and px 0 or more")
@@ -87,7 +87,7 @@ def check(config: Config) -> None:
         raise UserError("device: torch sees no CUDA device here; leave --device at 'auto'")
 
 
-def run(config: Config) -> dict:
+def run(config: FinetuneConfig) -> dict:
     """Everything; returns what results.json holds. Raises UserError."""
     check(config)
     out = Path(config.out)
@@ -152,7 +152,7 @@ def imbalance(found: Labels) -> str:
     )
 
 
-def _test(config: Config, found: Labels) -> Labels:
+def _test(config: FinetuneConfig, found: Labels) -> Labels:
     """--test, of the same classes and of other files and groups."""
     classes = found.classes if found.task == "classification" else ()
     test = labels.read(config.test, found.task, config.columns, classes, config.frames)
@@ -168,7 +168,7 @@ def _test(config: Config, found: Labels) -> Labels:
     return test
 
 
-def make_settings(config: Config, found: Labels, cache: Path) -> list[Setting]:
+def make_settings(config: FinetuneConfig, found: Labels, cache: Path) -> list[Setting]:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     described, settings = problem.describe(found), []
     for spec in config.backbones or (next(iter(models.releases())),):
@@ -202,7 +202,7 @@ def leaked(backbone: Backbone, found: Labels) -> str:
 # -------------------------------------------------------------------------------------------------------- results
 
 
-def _judge(config: Config, tried: list[Tried], folds: np.ndarray, plan: Plan) -> tuple[dict, Tried, np.ndarray]:
+def _judge(config: FinetuneConfig, tried: list[Tried], folds: np.ndarray, plan: Plan) -> tuple[dict, Tried, np.ndarray]:
     chosen = search.choose(tried)
     setting, described = chosen.setting, chosen.setting.problem
     targets, groups = setting.found.targets, setting.found.groups
@@ -237,7 +237,7 @@ def _judge(config: Config, tried: list[Tried], folds: np.ndarray, plan: Plan) ->
     return result, chosen, items
 
 
-def _provenance(config: Config, result: dict) -> dict:
+def _provenance(config: FinetuneConfig, result: dict) -> dict:
     kept = ("items", "chosen", "recipe", "temperature", "scores", "optimism", "honesty", "imbalance")
     return {k: result[k] for k in kept} | {
         "crop": config.crop,
@@ -247,7 +247,9 @@ def _provenance(config: Config, result: dict) -> dict:
     }
 
 
-def _score_test(config: Config, test: Labels, model: torch.nn.Module, chosen: Tried, temperature: float) -> dict:
+def _score_test(
+    config: FinetuneConfig, test: Labels, model: torch.nn.Module, chosen: Tried, temperature: float
+) -> dict:
     setting = replace(chosen.setting, found=test, device="cpu")
     shown = pixels.load(test, setting.pixels.px, config.crop, Path(config.out) / "cache")
     setting = replace(setting, pixels=shown)

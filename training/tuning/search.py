@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -192,10 +193,11 @@ def fold_logits(
 
 
 def frozen_features(setting: Setting, cache: Path) -> np.ndarray:
-    """What a frozen backbone gives for every frame, augmented and not: see `frozen.features`; kept in `cache`."""
+    """`frozen.mirrored_features` of a frozen backbone, kept in `cache`."""
     backbone = setting.backbone
     described = ["frozen", backbone.sha, backbone.mean, backbone.std, setting.pixels.key]
-    return cached(cache, described, lambda: {"x": frozen.features(backbone, setting.pixels, setting.device)})["x"]
+    make = partial(frozen.mirrored_features, backbone, setting.pixels, setting.device)
+    return cached(cache, described, lambda: {"x": make()})["x"]
 
 
 def fit_head(setting: Setting, x: np.ndarray, frames: np.ndarray, c: float) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from training.data.cache import CacheError, FrameCache
 from training.data.ingest import ingest
+from training.data.provenance import Provenance
 from training.data.simulate import write_demo
 from training.engine import export
 from uscl_hub import checkpoints, models
@@ -103,12 +105,12 @@ def on_the_disk(given, disk):
     (disk / "filler").unlink()
     small = torch.nn.Linear(200, 200)
     small.num_features = 200
-    provenance = {"method": "test", "steps": 1, "sources": [], "manifest_sha256": "", "metrics": {}}
+    provenance = Provenance(method="test", steps=1, sources=[], manifest_sha256="", metrics={})
     export.export(small, "resnet18", 32, disk / "out", provenance)
     before = {name: (disk / name).read_bytes() for name in names(disk)}
     fill(disk, 60_000)
     with pytest.raises(OSError, match="No space left"):
-        export.export(small, "resnet18", 32, disk / "out", {**provenance, "steps": 2})
+        export.export(small, "resnet18", 32, disk / "out", replace(provenance, steps=2))
     assert {name: (disk / name).read_bytes() for name in names(disk)} == before
     assert json.loads(before["out/config.json"])["uscl_hub"]["steps"] == 1
     (disk / "filler").unlink()

@@ -110,7 +110,7 @@ def test_weights_to_start_from(tiny, tmp_path):
     assert all(torch.equal(before[k], after[k]) for k in before if "running" not in k and "num_batches" not in k)
     text = (tmp_path / "run" / "export" / "config.json").read_text()
     assert str(tmp_path) not in text  # of paths only the last name leaves
-    assert json.loads(text)["uscl_hub"]["config"]["model.init"] == "export"
+    assert json.loads(text)["uscl_hub"]["config"]["model.init"] == ".../export"
     parent = json.loads(text)["uscl_hub"]["parents"][0]
     assert parent["role"] == "init" and parent["method"] == "simclr" and len(parent["groups"]) == 5
 

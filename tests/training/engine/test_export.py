@@ -15,24 +15,23 @@ from helpers import ROOT
 from safetensors.torch import load_file
 
 import uscl_hub
+from training.data.provenance import DataSource, Provenance
 from training.engine import export as exporting
-from training.method.networks import input_size
 from uscl_hub import registry
+from uscl_hub.models import size_arguments
 
-PROVENANCE = {
-    "method": "meta_uscl",
-    "steps": 7,
-    "sources": [{"name": "lung", "clips": 3, "frames": 40, "licence": "CC BY 4.0"}],
-    "metrics": {"val_loss": 1.23456, "knn": None, "effective_rank": 3.0},
-    "manifest_sha256": "ab" * 32,
-}
+PROVENANCE = Provenance(
+    method="meta_uscl",
+    steps=7,
+    sources=[DataSource("lung", clips=3, frames=40, licence="CC BY 4.0")],
+    metrics={"val_loss": 1.23456, "knn": None, "effective_rank": 3.0},
+    manifest_sha256="ab" * 32,
+)
 
 
 def trained(name="meta_uscl_resnet18", size=32):
-    from training.config import Model
-
     torch.manual_seed(1)
-    kwargs = input_size(Model(name=name, size=size))
+    kwargs = size_arguments(name, size)
     backbone = timm.create_model(name, num_classes=0, **kwargs)
     with torch.no_grad():
         for tensor in [*backbone.parameters(), *(b for b in backbone.buffers() if b.is_floating_point())]:
@@ -93,7 +92,7 @@ def test_config_of_the_folder(folder):
     assert cfg["mean"] == [0.18] * 3 and cfg["std"] == [0.24] * 3 and cfg["input_size"] == [3, 32, 32]
     assert cfg["first_conv"] == "conv1" and cfg["classifier"] == "fc" and cfg["interpolation"] == "bilinear"
     provenance = config["uscl_hub"]
-    assert PROVENANCE.items() <= provenance.items()
+    assert PROVENANCE.as_dict().items() <= provenance.items()
     assert provenance["code"]["version"] == uscl_hub.__version__ and provenance["created"].endswith("+00:00")
     assert provenance["sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert load_file(folder / "model.safetensors").keys() == trained().state_dict().keys()
@@ -106,7 +105,7 @@ def test_model_card(folder):
     assert front["library_name"] == "timm" and front["license"] == "other"
     assert "| lung | 3 | 40 | CC BY 4.0 |" in card and "| val_loss | 1.235 |" in card
     assert "knn" not in card  # was not measured
-    assert PROVENANCE["manifest_sha256"] in card
+    assert PROVENANCE.manifest_sha256 in card
 
 
 @torch.no_grad()

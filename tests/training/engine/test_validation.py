@@ -12,7 +12,8 @@ from sklearn.metrics import balanced_accuracy_score
 
 from training.engine import validation as probe
 from training.engine.validation import probe_backbone
-from training.method.networks import Encoder, input_channels, input_size
+from training.method.networks import Encoder, input_channels
+from uscl_hub.models import size_arguments
 from uscl_hub.preprocess import create_transform
 
 CPU = torch.device("cpu")
@@ -32,11 +33,11 @@ def test_sampled_frames_are_different_and_evenly_spaced(length, per_clip):
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 def test_features_are_those_of_deployment(name):
-    kwargs = input_size(SimpleNamespace(name=name, size=32))
+    kwargs = size_arguments(name, 32)
     backbone = timm.create_model(name, num_classes=0, **kwargs).train()
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     frames = cache([7], px=40).frames
-    features = probe.features(backbone, frames, 32, CPU, batch=3)
+    features = probe.representations(backbone, frames, 32, CPU, batch=3)
     assert backbone.training and features.dtype == np.float32 and len(features) == 7
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())  # running statistics, too
 
@@ -110,7 +111,7 @@ def pixels(backbone, frames, size, device):
 
 
 def test_probe_of_a_run(tiny, monkeypatch):
-    monkeypatch.setattr(probe, "features", pixels)
+    monkeypatch.setattr(probe, "representations", pixels)
     told_apart = probe_backbone(None, tiny(), clips([6] * 40, 20, ["x"] * 40), CPU)
     assert told_apart["knn"] == 1.0 and told_apart["effective_rank"] > 10
     many = probe_backbone(None, tiny(), clips([6] * 500, 490, ["x"] * 500), CPU)

@@ -15,7 +15,7 @@ from training import config as configs
 from training.data.cache import FrameCache
 from training.data.ingest import ingest
 from training.data.perceptual import bits, frame_hashes
-from training.data.provenance import chain, contents
+from training.data.provenance import Provenance, chain, contents
 from training.data.simulate import simulate_clip
 from training.engine.export import export
 from training.evaluation import leaks
@@ -118,7 +118,7 @@ def test_no_hashes_no_pairs_and_damaged_ones_are_named(seen, tmp_path):
 
 
 def test_an_export_carries_them(seen, tmp_path):
-    known = {"method": "uscl", "steps": 1, "seed": 0, "sources": [], "metrics": {}, "manifest_sha256": "", **seen[1]}
+    known = Provenance("uscl", 1, [], "", {}, **seen[1])
     folder = export(timm.create_model("test_resnet", num_classes=0), "test_resnet", 32, tmp_path / "e", known)
     images = task(seen[0] / "clips" / "sc")
     assert leaks.find_leaks(load_backbone(str(folder)), images) == ["test/img0"]

@@ -12,10 +12,11 @@ import torchvision
 from training import evaluate
 from training.data.cache import FrameCache
 from training.data.ingest import ingest
+from training.data.provenance import Provenance
 from training.engine.export import export, fingerprint
 from training.evaluation import features, fine_tuning, protocols
 from training.evaluation.backbones import LeakError, find_leaks, is_random, load_backbone, refuse_leaks, split_name
-from training.evaluation.datasets import EvaluationError, Frames, TaskError, load_task, make_folds
+from training.evaluation.datasets import EvaluationError, TaskError, TaskFrames, load_task, make_folds
 from training.evaluation.fine_tuning import FineTune, Tuning
 from training.evaluation.protocols import Cell
 from uscl_hub.checkpoints import CheckpointError
@@ -30,8 +31,7 @@ def backbone():
 
 def write_export(folder, groups=(), clips=(), name="meta_uscl_resnet18"):
     torch.manual_seed(5)
-    provenance = {"method": "uscl", "steps": 3, "seed": 0, "sources": [], "metrics": {}, "manifest_sha256": ""}
-    provenance |= {"groups": list(groups), "clips": list(clips)}
+    provenance = Provenance("uscl", 3, [], "", {}, groups=list(groups), clips=list(clips))
     return export(timm.create_model("resnet18", num_classes=0), name, 32, folder, provenance)
 
 
@@ -98,10 +98,10 @@ def test_the_authors_converted_checkpoint_is_a_backbone(tmp_path):
 def test_the_input_is_what_deployment_makes(tmp_path):
     found = load_backbone(str(write_export(tmp_path / "x")))
     frame = np.random.default_rng(0).integers(0, 256, (50, 70)).astype(np.uint8)
-    ours = protocols.to_input(resize(frame, 32)[None], found)[0]
+    ours = features.to_input(resize(frame, 32)[None], found)[0]
     assert torch.equal(ours, create_transform(found.model)(frame))
     imagenet = SimpleNamespace(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    x = protocols.to_input(frame[None], imagenet)
+    x = features.to_input(frame[None], imagenet)
     assert torch.allclose(x[0, 2] * 0.225 + 0.406, torch.from_numpy(frame / 255).float(), atol=1e-6)
 
 
@@ -174,18 +174,18 @@ def test_the_linear_probe_without_groups_to_choose_on():
 
 def test_features_are_computed_once_and_must_be_finite(backbone, tmp_path, monkeypatch):
     images, _ = bright_or_dark(5)
-    frames = Frames(images, np.arange(5), "key")
-    x = protocols.features(backbone, frames, tmp_path, "cpu")
+    frames = TaskFrames(images, np.arange(5), "key")
+    x = features.cached_features(backbone, frames, tmp_path, "cpu")
     with torch.inference_mode():
-        assert x == pytest.approx(backbone.model(protocols.to_input(images, backbone)).numpy(), abs=1e-4)
+        assert x == pytest.approx(backbone.model(features.to_input(images, backbone)).numpy(), abs=1e-4)
     monkeypatch.setattr(features, "compute", None)
-    assert np.array_equal(x, protocols.features(backbone, frames, tmp_path, "cpu"))
+    assert np.array_equal(x, features.cached_features(backbone, frames, tmp_path, "cpu"))
     monkeypatch.undo()
     broken = copy.copy(backbone)
     broken.model, broken.sha = copy.deepcopy(backbone.model), "broken"
     next(broken.model.parameters()).data[0] = torch.nan
     with pytest.raises(EvaluationError, match="not finite"):
-        protocols.features(broken, frames, tmp_path, "cpu")
+        features.cached_features(broken, frames, tmp_path, "cpu")
 
 
 def test_pool_frames_is_the_mean_of_each_item():
@@ -203,13 +203,13 @@ def test_before_and_after_the_last_block_is_the_whole_model(name):
     entering = fine_tuning.before_last_block(found, images, "cpu")
     classifier = fine_tuning.Classifier(found.model, 2, last=True).eval()
     with torch.inference_mode():
-        whole = classifier.head(found.model(protocols.to_input(images, found)))
+        whole = classifier.head(found.model(features.to_input(images, found)))
         assert torch.allclose(classifier(entering), whole, atol=1e-4)
 
 
 def test_last_three_is_the_paper_s(monkeypatch):
     """layer4's last block and the head, Adam at 0.01, weight decay 1e-4, cosine to 0, 30 epochs of batches of 128."""
-    assert evaluate.Config().last == FineTune(epochs=30, lr=0.01, batch=128)
+    assert evaluate.EvaluateConfig().last == FineTune(epochs=30, lr=0.01, batch=128)
     backbone, made, rates, sizes = load_backbone("random:resnet18", 0, 32), {}, [], []
 
     class Spy(torch.optim.Adam):
@@ -270,7 +270,7 @@ def simulated():
     task = SimpleNamespace(
         labels=labels, targets=labels, strata=labels, groups=groups, classes=("a", "b"), kind="classification"
     )
-    frames = Frames(None, np.repeat(np.arange(len(groups)), 3), "key")
+    frames = TaskFrames(None, np.repeat(np.arange(len(groups)), 3), "key")
     x = rng.normal(size=(40, 30))[[int(g[1:]) for g in groups[frames.item]]]
     return task, frames, x, make_folds(labels, groups, ("a", "b"), 5, 0)
 
@@ -290,7 +290,7 @@ def test_no_model_sees_its_test_groups(simulated, monkeypatch, tmp_path):
     done = []
     for fraction in (1.0, 0.25):
         cell = Cell(task, frames, folds, NOBODY, 0, "cpu", tmp_path)
-        found = protocols.out_of_fold(cell, "knn", lambda: x, fraction, done=lambda: done.append(1))
+        found = protocols.scores_out_of_fold(cell, "knn", lambda: x, fraction, done=lambda: done.append(1))
         assert not np.isnan(found).any()
     assert len(seen) == len(done) == 10 and all(not train & test for train, test, _ in seen)
     for full, few in zip(seen[:5], seen[5:]):
@@ -300,7 +300,9 @@ def test_no_model_sees_its_test_groups(simulated, monkeypatch, tmp_path):
 @pytest.mark.parametrize("protocol", ["knn", "linear"])
 def test_features_that_only_tell_the_patient_are_worth_nothing(simulated, protocol, tmp_path):
     task, frames, x, folds = simulated
-    found = protocols.out_of_fold(Cell(task, frames, folds, NOBODY, 0, "cpu", tmp_path), protocol, lambda: x, 1.0)
+    found = protocols.scores_out_of_fold(
+        Cell(task, frames, folds, NOBODY, 0, "cpu", tmp_path), protocol, lambda: x, 1.0
+    )
     assert found.sum(1) == pytest.approx(np.ones(len(x)))
     assert abs((found.argmax(1) == task.labels[frames.item]).mean() - 0.5) < 0.25
 
@@ -318,14 +320,14 @@ def test_finished_folds_are_not_computed_again(simulated, monkeypatch, tmp_path)
 
     monkeypatch.setattr(protocols, "knn", stopped)
     with pytest.raises(KeyboardInterrupt):
-        protocols.out_of_fold(cell, "knn", lambda: x, 1.0)
-    first = protocols.out_of_fold(cell, "knn", lambda: x, 1.0)
+        protocols.scores_out_of_fold(cell, "knn", lambda: x, 1.0)
+    first = protocols.scores_out_of_fold(cell, "knn", lambda: x, 1.0)
     assert len(calls) == 6  # three, the one that was cut short, and the last two
-    assert np.array_equal(first, protocols.out_of_fold(cell, "knn", None, 1.0)) and len(calls) == 6
+    assert np.array_equal(first, protocols.scores_out_of_fold(cell, "knn", None, 1.0)) and len(calls) == 6
 
 
 def test_too_few_labels_are_said(simulated, tmp_path):
     task, frames, x, folds = simulated
     task.targets = task.strata = np.where(task.groups == "g0", 1, 0)
     with pytest.raises(TaskError, match="leave a class without a training item"):
-        protocols.out_of_fold(Cell(task, frames, folds, NOBODY, 0, "cpu", tmp_path), "linear", lambda: x, 1.0)
+        protocols.scores_out_of_fold(Cell(task, frames, folds, NOBODY, 0, "cpu", tmp_path), "linear", lambda: x, 1.0)

@@ -150,8 +150,8 @@ def test_every_image_is_predicted_by_a_model_that_has_not_seen_its_group(downstr
     monkeypatch.setattr(segmentation, "train", train)
     monkeypatch.setattr(segmentation, "predict", predict)
     args = Cell(task, lesions, folds, backbone, 0, "cpu", tmp_path), "maskrcnn", 1.0, Segment(px=32)
-    predicted, instances = segmentation.out_of_fold(*args)
+    predicted, instances = segmentation.masks_out_of_fold(*args)
     assert len(seen) == 2 and np.array_equal(predicted, images < 60)
     assert instances == [[[0.5, coco.encode(image < 60)]] for image in images]
-    again = segmentation.out_of_fold(*args)  # nothing is trained again
+    again = segmentation.masks_out_of_fold(*args)  # nothing is trained again
     assert len(seen) == 2 and np.array_equal(again[0], predicted) and again[1] == instances

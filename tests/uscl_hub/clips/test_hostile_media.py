@@ -24,7 +24,8 @@ from training.data.cache import CacheError
 from training.data.ingest import ingest
 from training.data.simulate import simulate_clip, write_video
 from training.engine import validation as probe
-from training.evaluation import backbones, datasets, frames, protocols
+from training.evaluation import backbones, datasets, frames
+from training.evaluation.features import to_input
 from uscl_hub.cli import main
 from uscl_hub.clips import Clip, UnreadableClip, find_clips
 from uscl_hub.clips.decode import decode
@@ -326,10 +327,10 @@ def test_one_preprocessing_for_training_evaluation_and_deployment(tmp_path, tiny
 
     model = uscl_hub.load_meta_uscl_backbone("test_resnet", checkpoint=tiny_export)
     images = torch.stack([uscl_hub.create_transform(model)(image) for image in trained])
-    assert torch.equal(protocols.to_input(evaluated, backbones.load_backbone(str(tiny_export))), images)
+    assert torch.equal(to_input(evaluated, backbones.load_backbone(str(tiny_export))), images)
     with torch.inference_mode():
         features = model(images.to(memory_format=torch.channels_last)).numpy()  # another layout rounds otherwise
-    assert np.array_equal(probe.features(model, trained, SIZE, torch.device("cpu")), features)
+    assert np.array_equal(probe.representations(model, trained, SIZE, torch.device("cpu")), features)
     out = tmp_path / "f.parquet"
     embed([tmp_path / "data"], out, name="test_resnet", checkpoint=tiny_export, crop=crop, progress=False)
     rows = pq.read_table(out, filters=[("level", "=", "frame")])
