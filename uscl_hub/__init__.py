@@ -3,7 +3,7 @@
 from . import models as _models  # noqa: F401  (registers with timm)
 
 __version__ = "0.1.0"
-__all__ = ["UltrasoundDataset", "create_transform", "load_meta_uscl_backbone"]
+__all__ = ["UltrasoundDataset", "create_transform", "load_classifier", "load_meta_uscl_backbone"]
 
 
 def __getattr__(name):  # PEP 562: what only some users need is imported when they use it
@@ -11,6 +11,10 @@ def __getattr__(name):  # PEP 562: what only some users need is imported when th
         from uscl_hub.preprocess import create_transform
 
         return create_transform
+    if name == "load_classifier":
+        from uscl_hub.classifier import load_classifier
+
+        return load_classifier
     if name == "load_meta_uscl_backbone":
         from uscl_hub.load import load_meta_uscl_backbone
 

@@ -162,6 +162,24 @@ def _embed(args):
     return report, lines
 
 
+def _predict(args):
+    from uscl_hub.predict import predict
+
+    report = predict(
+        args.model,
+        args.inputs,
+        args.output,
+        per=args.per,
+        frames=args.frames,
+        onnx=args.onnx,
+        device=args.device,
+        progress=not args.json,
+    )
+    lines = [f"{args.output}: {report['rows']} rows of {report['clips']} clips"]
+    lines += [f"skipped {f['path']}: {f['reason']}" for f in report["failed"]] + report["found"]
+    return report, lines + [f"note on {n['path']}: {n['note']}" for n in report["notes"]]
+
+
 def _search(args):
     from uscl_hub.features.embed import search
 
@@ -241,8 +259,20 @@ def _push_arguments(sub):
     sub.add_argument("--revision", help="branch to upload to (default: main)")
 
 
-def _embed_arguments(sub):
+def _inputs(sub):
     sub.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="files and folders, any mix")
+    sub.add_argument(
+        "--frames",
+        choices=["auto", "clip", "images"],
+        default="auto",
+        help="numbered images of a folder are one clip, separate images, or what their likeness says "
+        "(default: %(default)s)",
+    )
+    sub.add_argument("--device", default="cpu")
+
+
+def _embed_arguments(sub):
+    _inputs(sub)
     sub.add_argument("-o", "--output", type=Path, required=True, help="features.parquet")
     _model(sub)
     sub.add_argument("--checkpoint", help="released tag, file, folder or Hub id (default: the default release)")
@@ -254,15 +284,17 @@ def _embed_arguments(sub):
         default="crop",
         help="remove the scanner's user interface as in training (default: %(default)s)",
     )
-    sub.add_argument(
-        "--frames",
-        choices=["auto", "clip", "images"],
-        default="auto",
-        help="numbered images of a folder are one clip, separate images, or what their likeness says "
-        "(default: %(default)s)",
-    )
     sub.add_argument("--batch-size", type=_positive, default=64)
-    sub.add_argument("--device", default="cpu")
+
+
+def _predict_arguments(sub):
+    sub.add_argument("model", type=Path, metavar="MODEL", help="folder `export` of training/finetune.py")
+    _inputs(sub)
+    sub.add_argument("-o", "--output", type=Path, required=True, help="predictions.csv or predictions.parquet")
+    sub.add_argument(
+        "--per", choices=["clip", "frame"], default="clip", help="a row a clip, or a frame (default: %(default)s)"
+    )
+    sub.add_argument("--onnx", action="store_true", help="run its model.onnx by onnxruntime")
 
 
 def _search_arguments(sub):
@@ -289,6 +321,7 @@ COMMANDS = {
     "convert": (_convert, _convert_arguments, "Convert the authors' .pth checkpoint into a folder that timm loads."),
     "push": (_push, _push_arguments, "Upload an exported folder to the Hugging Face Hub."),
     "embed": (_embed, _embed_arguments, "Compute features of images, videos and DICOM files."),
+    "predict": (_predict, _predict_arguments, "Run a model of training/finetune.py on images, videos and DICOM files."),
     "search": (_search, _search_arguments, "Find the clips most similar to one."),
     "export": (_export, _export_arguments, "Write the model for deployment, and check it against PyTorch."),
 }

@@ -128,7 +128,7 @@ def embed(
         def groups():
             """Lists of (clip, content hash, Frames) with a batch of frames at least, but for the last."""
             waiting = 0
-            for result in _progress(_ahead(read, clips, threads=1), len(clips), progress):
+            for result in progress_bar(ahead(read, clips, threads=1), len(clips), progress):
                 if isinstance(result, dict):
                     failed.append(result)
                     continue
@@ -147,7 +147,7 @@ def embed(
             return _rows(group, model, batch_size, stride, where["checkpoint"] or name)
 
         rows, last = [], time.monotonic()
-        with _side_by_side(device) as workers, contextlib.closing(_ahead(compute, groups(), *workers)) as computed:
+        with _side_by_side(device) as workers, contextlib.closing(ahead(compute, groups(), *workers)) as computed:
             try:
                 for new in computed:
                     rows += new
@@ -330,7 +330,7 @@ def _fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-def _ahead(function, items, threads: int, start=None, *args):
+def ahead(function, items, threads: int, start=None, *args):
     """map(function, items) by threads, up to two items a thread ahead of the caller; start(*args) first in each."""
     pool, waiting = ThreadPoolExecutor(threads, initializer=start, initargs=args), deque()
     try:
@@ -346,7 +346,7 @@ def _ahead(function, items, threads: int, start=None, *args):
 
 @contextlib.contextmanager
 def _side_by_side(device: str):
-    """Yields the threads for a network, as `_ahead` takes them. On a CPU a few batches go side by side, each on its
+    """Yields the threads for a network, as `ahead` takes them. On a CPU a few batches go side by side, each on its
     share of the cores: the thread that reads clips then slows one of them, not every layer of a shared one."""
     total = torch.get_num_threads()
     threads = min(total, 4) if torch.device(device).type == "cpu" else 1
@@ -356,7 +356,7 @@ def _side_by_side(device: str):
         torch.set_num_threads(total)  # what was set last would go for new threads
 
 
-def _progress(iterator, total: int, show: bool):
+def progress_bar(iterator, total: int, show: bool):
     try:
         from tqdm import tqdm
     except ImportError as error:

@@ -1,0 +1,112 @@
+"""A model that `training/finetune.py` has exported: loading it, and what its outputs mean."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from scipy.special import expit, softmax
+from torch import nn
+
+from uscl_hub import checkpoints, tensors
+from uscl_hub.checkpoints import CONFIG_NAME, WEIGHTS_NAME, CheckpointError
+from uscl_hub.preprocess import create_transform
+from uscl_hub.unet import UNet
+
+TASKS = ("classification", "multilabel", "regression", "segmentation")
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What the outputs of a fine-tuned model are: from its config.json.
+
+    task: one of TASKS. labels: a name for each output. temperature: what logits are divided by. mean, std: of the
+    targets of a regression, float64 (labels,). crop: how images were cropped for it: 'none', 'crop' or 'blank'.
+    sha256: of the weights.
+    """
+
+    task: str
+    labels: tuple[str, ...]
+    temperature: float
+    mean: np.ndarray
+    std: np.ndarray
+    crop: str
+    sha256: str
+
+    def say(self, logits: np.ndarray) -> np.ndarray:
+        """Logits (N, outputs, ...) -> probabilities in [0, 1], or values of a regression; float64 of the same shape.
+
+        >>> meaning = Meaning("classification", ("benign", "malignant"), 2.0, np.zeros(2), np.ones(2), "none", "")
+        >>> meaning.say(np.array([[0.0, 0.0]]))
+        array([[0.5, 0.5]])
+        """
+        logits = logits.astype(np.float64)
+        if self.task == "regression":
+            return logits * self.std + self.mean
+        return (
+            softmax(logits / self.temperature, 1) if self.task == "classification" else expit(logits / self.temperature)
+        )
+
+
+def load_classifier(path):
+    """A model that training/finetune.py has exported, ready for use, in one call.
+
+    path: its folder `export`. Returns (model, transform, labels): an nn.Module in eval mode, float32 (B, 3, px, px) ->
+    logits (B, labels), of a segmentation (B, 1, px, px); what makes its input of a PIL image, array or tensor; and the
+    names of its outputs. `read_meaning` has the temperature. Raises CheckpointError, naming the file, if the folder
+    is damaged or is not of training/finetune.py.
+
+        model, transform, labels = uscl_hub.load_classifier("runs/mine/export")
+        label = labels[model(transform(image)[None]).argmax()]
+    """
+    meaning = read_meaning(path)
+    cfg, architecture, _, config = checkpoints.read_config(path)
+    file = Path(path) / WEIGHTS_NAME
+    checkpoints.check_provenance(path, config)
+    if meaning.task == "segmentation":
+        if not timm.is_model(architecture):
+            raise CheckpointError(f"{path}: timm knows no architecture {tensors.shorten(architecture)!r}")
+        encoder = timm.create_model(
+            architecture, features_only=True, pretrained_cfg={**cfg, "source": None, "file": None}
+        )
+        model: nn.Module = UNet(encoder, len(meaning.labels))
+        tensors.check_shapes({k: tuple(e["shape"]) for k, e in tensors.read_header(file).items()}, model, file)
+        model.load_state_dict(tensors.check_values(checkpoints.load_tensors(file), model, where=file))
+    else:
+        checkpoints.check_folder(path)
+        model = timm.create_model(f"local-dir:{Path(path).resolve()}", pretrained=True)
+    size, mean, std = cfg["input_size"], cfg["mean"], cfg["std"]
+    return model.eval(), create_transform({"input_size": size, "mean": mean, "std": std}), list(meaning.labels)
+
+
+def read_meaning(path) -> Meaning:
+    """What the outputs of an exported model are. Raises CheckpointError, naming config.json, if it does not say."""
+    *_, config = checkpoints.read_config(path)
+    where, about = Path(path) / CONFIG_NAME, config.get("uscl_hub")
+    if not isinstance(about, dict) or about.get("task") not in TASKS:
+        raise CheckpointError(
+            f"{where}: is not a model of training/finetune.py: it has no task. Name its folder 'export'"
+        )
+    names, temperature = about.get("label_names"), about.get("temperature")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{where}: uscl_hub.label_names must be a list of names")
+    if not isinstance(temperature, (int, float)) or isinstance(temperature, bool) or not 0 < temperature < math.inf:
+        raise CheckpointError(f"{where}: uscl_hub.temperature must be a number above 0, not {temperature!r}")
+    if about.get("crop") not in ("none", "crop", "blank"):
+        raise CheckpointError(f"{where}: uscl_hub.crop must be 'none', 'crop' or 'blank', not {about.get('crop')!r}")
+    regression = about["task"] == "regression"
+    mean, std = (
+        np.array(about.get(key) if regression else [default] * len(names), np.float64)
+        for key, default in (("target_mean", 0.0), ("target_std", 1.0))
+    )
+    if mean.shape != (len(names),) or std.shape != mean.shape or not np.isfinite([mean, std]).all():
+        raise CheckpointError(f"{where}: uscl_hub.target_mean and target_std must have a number for each label")
+    return Meaning(about["task"], tuple(names), temperature, mean, std, about["crop"], str(about.get("sha256")))
+
+
+def run(model: nn.Module, x: torch.Tensor) -> np.ndarray:
+    """Logits of a batch, float32, on the CPU."""
+    with torch.inference_mode():
+        return model(x.to(next(model.parameters()).device)).float().cpu().numpy()

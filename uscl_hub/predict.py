@@ -1,0 +1,266 @@
+"""What a fine-tuned model says of files: `uscl-hub predict`. One row a clip, or one a frame, as CSV or Parquet.
+
+Clips are found, cropped and read as in training and by `uscl-hub embed`, and a clip's frames are taken at the rate of
+the training. Finished clips are kept in `<output>.partial` until the table is whole: an interrupted run goes on.
+"""
+
+import csv
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy.special import entr
+
+from uscl_hub.classifier import Meaning, load_classifier, read_meaning, run
+from uscl_hub.clips import Report, UnreadableClip, content_hash, find_clips
+from uscl_hub.clips.clip import path_of
+from uscl_hub.clips.find import UNKNOWN
+from uscl_hub.clips.read import Frames, read_clip, read_in_time
+from uscl_hub.errors import UserError
+from uscl_hub.files import check_room, locked, open_regular, write_json, write_whole
+from uscl_hub.preprocess import normalise
+
+BATCH = 64
+ONNX_NAME = "model.onnx"
+TOLERANCE = 1e-3  # of a probability, between ONNX and PyTorch: tested
+ENDINGS = (".csv", ".parquet")
+
+
+# 8 arguments: those of the command
+def predict(
+    model,
+    inputs,
+    output,
+    *,
+    per: str = "clip",
+    frames: str = "auto",
+    onnx: bool = False,
+    device: str = "cpu",
+    progress: bool = True,
+) -> dict:
+    """Run a model of training/finetune.py on all clips below the inputs (files and folders), and write a table.
+
+    Args:
+        model: the folder `export` of training/finetune.py.
+        output: a .csv or .parquet file. Columns: path, clip, frame (the first is 0; empty for a clip), frames; of
+            classes p_LABEL for each (calibrated), label and entropy (in nats); of several labels p_LABEL for each; of a
+            regression a column for each label. Of a segmentation mask (a PNG of 0 and 255 in the folder beside the
+            output, of the frame's size) and area, its share of the picture.
+        per: 'clip', the mean over a clip's frames, or 'frame'. A segmentation has a row a frame.
+        frames: what numbered images of one folder are, see `find_clips`.
+        onnx: run model.onnx of the folder by onnxruntime; probabilities differ by less than 1e-3 from PyTorch's.
+
+    Returns a report, which is written to `<output>.report.json`, too. Raises ValueError: nothing can be read, or an
+    argument is impossible; CheckpointError: no such model; OSError: another process writes the same output.
+    """
+    output, meaning = Path(output), read_meaning(model)
+    if output.suffix.lower() not in ENDINGS:
+        raise ValueError(f"{output}: the table is written as one of {', '.join(ENDINGS)}: name it so")
+    if per not in ("clip", "frame"):
+        raise ValueError(f"per is {per!r}: choose 'clip' or 'frame'")
+    passed = Report()
+    clips = find_clips(inputs, frames, passed)
+    if not clips:
+        raise ValueError(f"no image, video or DICOM file in {', '.join(map(str, inputs))}")
+    network = _network(model, onnx, device)
+    settings = {"weights": meaning.sha256, "per": per, "onnx": onnx}
+    partial = output.with_name(output.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    with locked(partial):
+        check_room(partial)
+        table, failed = _run_all(clips, _kept(partial, settings), network, meaning, partial, progress)
+        failed = _unknown(inputs, clips) + failed
+        if not table:
+            shutil.rmtree(partial)
+            raise ValueError("nothing could be read: " + "; ".join(f"{f['path']}: {f['reason']}" for f in failed[:5]))
+        rows = [row for clip in table for row in clip["frame" if per == "frame" else "clip"]]
+        if meaning.task == "segmentation":
+            _take_masks(partial, output)
+        _write(rows, output)
+        report = {
+            **{"output": str(output), "rows": len(rows), "clips": len(table)},
+            **{"computed": sum(clip["new"] for clip in table), "failed": failed},
+            **passed.as_dict(),
+            "found": passed.lines(),
+            "notes": [{"path": clip["path"], "note": note} for clip in table for note in clip["notes"]],
+        }
+        write_json(output.with_name(output.name + ".report.json"), report, indent=2)
+        shutil.rmtree(partial)
+    return report
+
+
+def _network(folder, onnx: bool, device: str):
+    """(function of uint8 frames (N, px, px) -> logits float32 (N, outputs, ...), pixels, frames a second)."""
+    model, transform, _ = load_classifier(folder)
+    keywords = transform.keywords
+    about = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["uscl_hub"]
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by device and build
+        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    apply = _onnx(Path(folder) / ONNX_NAME) if onnx else lambda x: run(model, x)
+
+    def logits(images: np.ndarray) -> np.ndarray:
+        batches = np.array_split(images, -(-len(images) // BATCH))
+        scale = keywords["in_chans"], keywords["mean"], keywords["std"]
+        return np.concatenate([apply(normalise(batch, *scale).float()) for batch in batches])
+
+    rate = about.get("rate")
+    return logits, keywords["size"], rate if type(rate) in (int, float) and rate > 0 else None
+
+
+def _onnx(path: Path):
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError("--onnx needs onnxruntime: pip install 'uscl-hub[export]'") from error
+    if not path.is_file():
+        raise UserError(f"{path}: is missing. Export it with training/finetune.py --onnx, or leave out --onnx")
+    with open_regular(path) as file:
+        content = file.read()
+    try:
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has its own exceptions, not all of them public
+        raise UserError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from error
+    return lambda x: session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+
+
+def _run_all(clips, kept: dict, network, meaning: Meaning, partial: Path, progress: bool) -> tuple[list, list]:
+    """The results of all clips that can be read, in their order, and what cannot; new ones go to the partial folder."""
+    from uscl_hub.features.embed import ahead, progress_bar
+
+    logits, size, rate = network
+    stopped = threading.Event()
+
+    def look(clip):
+        digest = content_hash(clip)
+        if kept.get(clip.id, {}).get("sha256") == digest:
+            return clip, digest, None
+        return clip, digest, read_clip(clip, size, crop=_crop(meaning))
+
+    def read(clip):
+        try:
+            return read_in_time(look, clip, stopped=stopped)
+        except UnreadableClip as error:
+            return {"path": str(error.path), "reason": error.reason}
+        except OSError as error:
+            return {"path": str(clip.files[0]), "reason": error.strerror or str(error)}
+
+    table: list[dict] = []
+    failed: list[dict] = []
+    try:
+        with open(partial / "clips.jsonl", "a", encoding="utf-8") as log:
+            for found in progress_bar(ahead(read, clips, threads=1), len(clips), progress):
+                if isinstance(found, dict):
+                    failed.append(found)
+                    continue
+                clip, digest, shown = found
+                if shown is None:
+                    table.append({**kept[clip.id], "new": False})
+                    continue
+                result = _result(clip, shown, logits, rate, meaning, partial)
+                result |= {"id": clip.id, "sha256": digest, "notes": list(shown.notes)}
+                log.write(json.dumps(result) + "\n")
+                log.flush()
+                table.append({**result, "new": True})
+    finally:
+        stopped.set()  # a clip that is being decoded is not waited for
+    return table, failed
+
+
+def _crop(meaning: Meaning) -> str:
+    return "none" if meaning.task == "segmentation" else meaning.crop
+
+
+def _result(clip, shown: Frames, logits, rate, meaning: Meaning, partial: Path) -> dict:
+    """A clip's rows, 'clip' and 'frame'."""
+    step = max(1, round(shown.fps / rate)) if rate and shown.fps and len(shown.images) > 1 else 1
+    numbers = range(0, len(shown.images), step)
+    said = meaning.say(logits(shown.images[::step]))
+    if not np.isfinite(said).all():
+        raise UserError(f"{path_of(clip)}: the model gives numbers that are not finite")
+    common = {"path": str(path_of(clip)), "clip": clip.id}
+    if meaning.task == "segmentation":
+        rows = [
+            {**common, "frame": n, "frames": 1, **_masked(clip, n, p[0], shown.before.shape, partial)}
+            for n, p in zip(numbers, said)
+        ]
+        return {"path": common["path"], "clip": rows, "frame": rows}
+    whole = {**common, "frame": None, "frames": len(said), **_columns(said.mean(0), meaning)}
+    each = [{**common, "frame": n, "frames": 1, **_columns(p, meaning)} for n, p in zip(numbers, said)]
+    return {"path": common["path"], "clip": [whole], "frame": each}
+
+
+def _columns(said: np.ndarray, meaning: Meaning) -> dict:
+    if meaning.task == "regression":
+        return dict(zip(meaning.labels, said.tolist()))
+    columns = {f"p_{name}": p for name, p in zip(meaning.labels, said.tolist())}
+    if meaning.task == "classification":
+        columns |= {"label": meaning.labels[said.argmax()], "entropy": float(entr(said).sum())}
+    return columns
+
+
+def _masked(clip, number: int, p: np.ndarray, shape, partial: Path) -> dict:
+    """Write a frame's mask at the size of the file's frames. p: probabilities (px, px)."""
+    large = Image.fromarray(p.astype(np.float32)).resize(shape[::-1], Image.Resampling.BILINEAR)
+    mask = np.asarray(large) > 0.5
+    name = f"{clip.id.replace('/', '__')[-150:]}_{number}.png"
+    (partial / "masks").mkdir(exist_ok=True)
+    write_whole(partial / "masks" / name, lambda file: Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG"))
+    return {"mask": name, "area": float(mask.mean())}
+
+
+def _take_masks(partial: Path, output: Path) -> None:
+    folder = output.with_name(output.stem + "_masks")
+    folder.mkdir(exist_ok=True)
+    for file in sorted((partial / "masks").glob("*.png")):
+        os.replace(file, folder / file.name)
+
+
+def _kept(partial: Path, settings: dict) -> dict[str, dict]:
+    """Results of an interrupted run, by clip. Raises ValueError if it was another model's or had other settings."""
+    about = partial / "settings.json"
+    if about.exists() and json.loads(about.read_text(encoding="utf-8")) != settings:
+        raise ValueError(
+            f"{partial}: is of an interrupted run of another model or --per. Choose another output, or remove it"
+        )
+    write_json(about, settings)
+    kept = {}
+    log = partial / "clips.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]  # the last one may be cut off
+    for line in whole:
+        row = json.loads(line)
+        kept[row["id"]] = row
+    write_whole(log, lambda file: file.write_text("".join(whole), encoding="utf-8"))
+    return kept
+
+
+def _unknown(inputs, clips) -> list[dict]:
+    """The files among the inputs that are no clip's."""
+    files = [path for path in inputs if Path(path).is_file()]
+    known = {os.path.realpath(file) for clip in clips for file in clip.files} if files else ()
+    return [{"path": str(path), "reason": UNKNOWN} for path in files if os.path.realpath(path) not in known]
+
+
+def _write(rows: list[dict], output: Path) -> None:
+    if output.suffix.lower() == ".parquet":
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise ImportError("Parquet needs pyarrow: pip install 'uscl-hub[embed]', or name a .csv") from error
+        write_whole(output, lambda file: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file))
+        return
+
+    def save(file):
+        with open(file, "w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_whole(output, save)
