@@ -29,7 +29,7 @@ def _package():
 
 
 def meta_uscl_resnet18(pretrained=True, **kwargs):
-    """ResNet-18 pretrained on ultrasound video with Meta-USCL: (B, 3, 64, 64) -> (B, 512) features.
+    """ResNet-18 for ultrasound: (B, 3, px, px) -> (B, 512) features.
 
     pretrained (bool): load the default released weights.
     kwargs: checkpoint (released tag, .safetensors file, exported folder or Hub id org/name), revision,
@@ -40,7 +40,7 @@ def meta_uscl_resnet18(pretrained=True, **kwargs):
 
 
 def meta_uscl_resnet34(pretrained=True, **kwargs):
-    """ResNet-34 pretrained on ultrasound video with Meta-USCL: (B, 3, 64, 64) -> (B, 512) features.
+    """ResNet-34 for ultrasound: (B, 3, px, px) -> (B, 512) features.
 
     Arguments as for meta_uscl_resnet18.
     """
@@ -48,7 +48,7 @@ def meta_uscl_resnet34(pretrained=True, **kwargs):
 
 
 def meta_uscl_resnet50(pretrained=True, **kwargs):
-    """ResNet-50 pretrained on ultrasound video with Meta-USCL: (B, 3, 64, 64) -> (B, 2048) features.
+    """ResNet-50 for ultrasound: (B, 3, px, px) -> (B, 2048) features.
 
     Arguments as for meta_uscl_resnet18.
     """
@@ -56,7 +56,7 @@ def meta_uscl_resnet50(pretrained=True, **kwargs):
 
 
 def meta_uscl_efficientnet_lite0(pretrained=True, **kwargs):
-    """EfficientNet-Lite0 pretrained on ultrasound video with Meta-USCL: (B, 3, 64, 64) -> (B, 1280) features.
+    """EfficientNet-Lite0 for ultrasound: (B, 3, px, px) -> (B, 1280) features.
 
     Arguments as for meta_uscl_resnet18.
     """
@@ -68,7 +68,7 @@ def meta_uscl_backbone(name="meta_uscl_resnet18", **kwargs):
 
     name (str): meta_uscl_resnet18, meta_uscl_resnet34, meta_uscl_resnet50 or meta_uscl_efficientnet_lite0.
     kwargs: as for uscl_hub.load_meta_uscl_backbone (checkpoint, pretrained, in_chans, num_classes, ...).
-    The transform takes a PIL image, numpy array or tensor, grey or colour, and gives float32 (C, 64, 64).
+    The transform takes a PIL image, numpy array or tensor, grey or colour, and gives float32 (C, px, px), with the weights' own px.
     """
     package = _package()
     model = package.load_meta_uscl_backbone(name, **kwargs)

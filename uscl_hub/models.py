@@ -53,7 +53,7 @@ def _create(name: str, pretrained: bool, **kwargs) -> nn.Module:
 
 @register_model
 def meta_uscl_resnet18(pretrained: bool = False, **kwargs) -> nn.Module:
-    """ResNet-18 pretrained on ultrasound video with Meta-USCL: 512 features, 11.2 M parameters.
+    """ResNet-18 for ultrasound: 512 features, 11.2 M parameters. Released weights: `registry.releases()`.
 
     >>> meta_uscl_resnet18()(torch.zeros(2, 3, 64, 64)).shape
     torch.Size([2, 512])
@@ -63,7 +63,7 @@ def meta_uscl_resnet18(pretrained: bool = False, **kwargs) -> nn.Module:
 
 @register_model
 def meta_uscl_resnet34(pretrained: bool = False, **kwargs) -> nn.Module:
-    """ResNet-34 pretrained on ultrasound video with Meta-USCL: 512 features, 21.3 M parameters.
+    """ResNet-34 for ultrasound, to be trained; it has no released weights: 512 features, 21.3 M parameters.
 
     >>> meta_uscl_resnet34()(torch.zeros(2, 3, 64, 64)).shape
     torch.Size([2, 512])
@@ -73,7 +73,7 @@ def meta_uscl_resnet34(pretrained: bool = False, **kwargs) -> nn.Module:
 
 @register_model
 def meta_uscl_resnet50(pretrained: bool = False, **kwargs) -> nn.Module:
-    """ResNet-50 pretrained on ultrasound video with Meta-USCL: 2048 features, 23.5 M parameters.
+    """ResNet-50 for ultrasound, to be trained; it has no released weights: 2048 features, 23.5 M parameters.
 
     >>> meta_uscl_resnet50()(torch.zeros(2, 3, 64, 64)).shape
     torch.Size([2, 2048])
@@ -83,7 +83,7 @@ def meta_uscl_resnet50(pretrained: bool = False, **kwargs) -> nn.Module:
 
 @register_model
 def meta_uscl_efficientnet_lite0(pretrained: bool = False, **kwargs) -> nn.Module:
-    """EfficientNet-Lite0 pretrained on ultrasound video with Meta-USCL: 1280 features, 3.4 M parameters.
+    """EfficientNet-Lite0 for ultrasound: 1280 features, 3.4 M parameters. One released checkpoint.
 
     >>> meta_uscl_efficientnet_lite0()(torch.zeros(2, 3, 64, 64)).shape
     torch.Size([2, 1280])

@@ -107,9 +107,9 @@ def test_the_same_as_timms_transform(name, shape):
 
 def test_transform_follows_the_model():
     image = picture((50, 60))
-    one = timm.create_model("meta_uscl_resnet18", in_chans=1)
+    one = timm.create_model("meta_uscl_resnet18.nc", in_chans=1)
     assert uscl_hub.create_transform(one)(image).shape == (1, 64, 64)
-    maps = timm.create_model("meta_uscl_resnet18", in_chans=1, features_only=True)
+    maps = timm.create_model("meta_uscl_resnet18.nc", in_chans=1, features_only=True)
     assert uscl_hub.create_transform(maps)(image).shape == (1, 64, 64)
     assert uscl_hub.create_transform(one, size=96)(image).shape == (1, 96, 96)
     assert uscl_hub.create_transform(one.pretrained_cfg)(image).shape == (3, 64, 64)
