@@ -68,7 +68,7 @@ def meta_uscl_backbone(name="meta_uscl_resnet18", **kwargs):
 
     name (str): meta_uscl_resnet18, meta_uscl_resnet34, meta_uscl_resnet50 or meta_uscl_efficientnet_lite0.
     kwargs: as for uscl_hub.load_meta_uscl_backbone (checkpoint, pretrained, in_chans, num_classes, ...).
-    The transform takes a PIL image, numpy array or tensor, grey or colour, and gives float32 (C, px, px); px is the weights'.
+    The transform: PIL image, numpy array or tensor, grey or colour -> float32 (C, px, px) with the weights' px.
     """
     package = _package()
     model = package.load_meta_uscl_backbone(name, **kwargs)
