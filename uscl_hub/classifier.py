@@ -23,8 +23,8 @@ class Meaning:
     """What the outputs of a fine-tuned model are: from its config.json.
 
     task: one of TASKS. labels: a name for each output. temperature: what logits are divided by. mean, std: of the
-    targets of a regression, float64 (labels,). crop: how images were cropped for it: 'none', 'crop' or 'blank'.
-    sha256: of the weights.
+    targets of a regression, float64 (labels,). crop: how images were cropped for it: 'none', 'crop' or 'blank'. rate:
+    frames a second that it saw of a video, 0: all. sha256: of the weights.
     """
 
     task: str
@@ -33,12 +33,13 @@ class Meaning:
     mean: np.ndarray
     std: np.ndarray
     crop: str
+    rate: float
     sha256: str
 
     def say(self, logits: np.ndarray) -> np.ndarray:
         """Logits (N, outputs, ...) -> probabilities in [0, 1], or values of a regression; float64 of the same shape.
 
-        >>> meaning = Meaning("classification", ("benign", "malignant"), 2.0, np.zeros(2), np.ones(2), "none", "")
+        >>> meaning = Meaning("classification", ("benign", "malignant"), 2.0, np.zeros(2), np.ones(2), "none", 0, "")
         >>> meaning.say(np.array([[0.0, 0.0]]))
         array([[0.5, 0.5]])
         """
@@ -103,7 +104,11 @@ def read_meaning(path) -> Meaning:
     )
     if mean.shape != (len(names),) or std.shape != mean.shape or not np.isfinite([mean, std]).all():
         raise CheckpointError(f"{where}: uscl_hub.target_mean and target_std must have a number for each label")
-    return Meaning(about["task"], tuple(names), temperature, mean, std, about["crop"], str(about.get("sha256")))
+    rate = about.get("rate", 0)
+    if not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
+        raise CheckpointError(f"{where}: uscl_hub.rate must be frames a second, not {rate!r}")
+    crop = "none" if about["task"] == "segmentation" else about["crop"]  # masks are of the whole picture
+    return Meaning(about["task"], tuple(names), temperature, mean, std, crop, rate, str(about.get("sha256")))
 
 
 def run(model: nn.Module, x: torch.Tensor) -> np.ndarray:

@@ -5,6 +5,7 @@ the training. Finished clips are kept in `<output>.partial` until the table is w
 """
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -13,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.ndimage import binary_erosion
 from scipy.special import entr
 
 from uscl_hub.classifier import Meaning, load_classifier, read_meaning, run
-from uscl_hub.clips import Report, UnreadableClip, content_hash, find_clips
+from uscl_hub.clips import Report, content_hash, find_clips
 from uscl_hub.clips.clip import path_of
-from uscl_hub.clips.find import UNKNOWN
-from uscl_hub.clips.read import Frames, read_clip, read_in_time
+from uscl_hub.clips.read import Frames, read_clip
 from uscl_hub.errors import UserError
+from uscl_hub.features.embed import ahead, progress_bar, reader, unknown_files
 from uscl_hub.files import check_room, locked, open_regular, write_json, write_whole
 from uscl_hub.preprocess import normalise
 
@@ -28,6 +30,7 @@ BATCH = 64
 ONNX_NAME = "model.onnx"
 TOLERANCE = 1e-3  # of a probability, between ONNX and PyTorch: tested
 ENDINGS = (".csv", ".parquet")
+TILES, TILE = 36, 160  # frames of the contact sheet, and their pixels
 
 
 # 8 arguments: those of the command
@@ -49,7 +52,7 @@ def predict(
         output: a .csv or .parquet file. Columns: path, clip, frame (the first is 0; empty for a clip), frames; of
             classes p_LABEL for each (calibrated), label and entropy (in nats); of several labels p_LABEL for each; of a
             regression a column for each label. Of a segmentation mask (a PNG of 0 and 255 in the folder beside the
-            output, of the frame's size) and area, its share of the picture.
+            output, of the frame's size) and area, its share of the picture; a contact sheet shows outlines.
         per: 'clip', the mean over a clip's frames, or 'frame'. A segmentation has a row a frame.
         frames: what numbered images of one folder are, see `find_clips`.
         onnx: run model.onnx of the folder by onnxruntime; probabilities differ by less than 1e-3 from PyTorch's.
@@ -73,7 +76,7 @@ def predict(
     with locked(partial):
         check_room(partial)
         table, failed = _run_all(clips, _kept(partial, settings), network, meaning, partial, progress)
-        failed = _unknown(inputs, clips) + failed
+        failed = unknown_files(inputs, clips) + failed
         if not table:
             shutil.rmtree(partial)
             raise ValueError("nothing could be read: " + "; ".join(f"{f['path']}: {f['reason']}" for f in failed[:5]))
@@ -94,10 +97,9 @@ def predict(
 
 
 def _network(folder, onnx: bool, device: str):
-    """(function of uint8 frames (N, px, px) -> logits float32 (N, outputs, ...), pixels, frames a second)."""
+    """(function of uint8 frames (N, px, px) -> logits float32 (N, outputs, ...), their pixels)."""
     model, transform, _ = load_classifier(folder)
     keywords = transform.keywords
-    about = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["uscl_hub"]
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:  # torch raises either, by device and build
@@ -109,8 +111,7 @@ def _network(folder, onnx: bool, device: str):
         scale = keywords["in_chans"], keywords["mean"], keywords["std"]
         return np.concatenate([apply(normalise(batch, *scale).float()) for batch in batches])
 
-    rate = about.get("rate")
-    return logits, keywords["size"], rate if type(rate) in (int, float) and rate > 0 else None
+    return logits, keywords["size"]
 
 
 def _onnx(path: Path):
@@ -131,30 +132,20 @@ def _onnx(path: Path):
 
 def _run_all(clips, kept: dict, network, meaning: Meaning, partial: Path, progress: bool) -> tuple[list, list]:
     """The results of all clips that can be read, in their order, and what cannot; new ones go to the partial folder."""
-    from uscl_hub.features.embed import ahead, progress_bar
-
-    logits, size, rate = network
+    logits, size = network
     stopped = threading.Event()
 
     def look(clip):
         digest = content_hash(clip)
         if kept.get(clip.id, {}).get("sha256") == digest:
             return clip, digest, None
-        return clip, digest, read_clip(clip, size, crop=_crop(meaning))
-
-    def read(clip):
-        try:
-            return read_in_time(look, clip, stopped=stopped)
-        except UnreadableClip as error:
-            return {"path": str(error.path), "reason": error.reason}
-        except OSError as error:
-            return {"path": str(clip.files[0]), "reason": error.strerror or str(error)}
+        return clip, digest, read_clip(clip, size, crop=meaning.crop)
 
     table: list[dict] = []
     failed: list[dict] = []
     try:
         with open(partial / "clips.jsonl", "a", encoding="utf-8") as log:
-            for found in progress_bar(ahead(read, clips, threads=1), len(clips), progress):
+            for found in progress_bar(ahead(reader(look, stopped), clips, threads=1), len(clips), progress):
                 if isinstance(found, dict):
                     failed.append(found)
                     continue
@@ -162,7 +153,7 @@ def _run_all(clips, kept: dict, network, meaning: Meaning, partial: Path, progre
                 if shown is None:
                     table.append({**kept[clip.id], "new": False})
                     continue
-                result = _result(clip, shown, logits, rate, meaning, partial)
+                result = _result(clip, shown, logits, meaning, partial)
                 result |= {"id": clip.id, "sha256": digest, "notes": list(shown.notes)}
                 log.write(json.dumps(result) + "\n")
                 log.flush()
@@ -172,13 +163,10 @@ def _run_all(clips, kept: dict, network, meaning: Meaning, partial: Path, progre
     return table, failed
 
 
-def _crop(meaning: Meaning) -> str:
-    return "none" if meaning.task == "segmentation" else meaning.crop
-
-
-def _result(clip, shown: Frames, logits, rate, meaning: Meaning, partial: Path) -> dict:
+def _result(clip, shown: Frames, logits, meaning: Meaning, partial: Path) -> dict:
     """A clip's rows, 'clip' and 'frame'."""
-    step = max(1, round(shown.fps / rate)) if rate and shown.fps and len(shown.images) > 1 else 1
+    fps = shown.fps if shown.fps and len(shown.images) > 1 else 0.0
+    step = max(1, round(fps / meaning.rate)) if meaning.rate else 1
     numbers = range(0, len(shown.images), step)
     said = meaning.say(logits(shown.images[::step]))
     if not np.isfinite(said).all():
@@ -186,8 +174,7 @@ def _result(clip, shown: Frames, logits, rate, meaning: Meaning, partial: Path) 
     common = {"path": str(path_of(clip)), "clip": clip.id}
     if meaning.task == "segmentation":
         rows = [
-            {**common, "frame": n, "frames": 1, **_masked(clip, n, p[0], shown.before.shape, partial)}
-            for n, p in zip(numbers, said)
+            {**common, "frame": n, "frames": 1, **_masked(clip, n, p[0], shown, partial)} for n, p in zip(numbers, said)
         ]
         return {"path": common["path"], "clip": rows, "frame": rows}
     whole = {**common, "frame": None, "frames": len(said), **_columns(said.mean(0), meaning)}
@@ -204,21 +191,43 @@ def _columns(said: np.ndarray, meaning: Meaning) -> dict:
     return columns
 
 
-def _masked(clip, number: int, p: np.ndarray, shape, partial: Path) -> dict:
-    """Write a frame's mask at the size of the file's frames. p: probabilities (px, px)."""
-    large = Image.fromarray(p.astype(np.float32)).resize(shape[::-1], Image.Resampling.BILINEAR)
+def _masked(clip, number: int, p: np.ndarray, shown: Frames, partial: Path) -> dict:
+    """Write a frame's mask at the size of the file's frames, and a tile of the contact sheet.
+
+    p: probabilities (px, px).
+    """
+    large = Image.fromarray(p.astype(np.float32)).resize(shown.before.shape[::-1], Image.Resampling.BILINEAR)
     mask = np.asarray(large) > 0.5
-    name = f"{clip.id.replace('/', '__')[-150:]}_{number}.png"
-    (partial / "masks").mkdir(exist_ok=True)
-    write_whole(partial / "masks" / name, lambda file: Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG"))
+    digest = hashlib.sha256(clip.id.encode("utf-8", "surrogateescape")).hexdigest()[:8]  # ids may differ by a / alone
+    name = f"{clip.id.replace('/', '__')[-150:]}_{number}_{digest}.png"
+    masks, tiles = partial / "masks", partial / "tiles"
+    masks.mkdir(exist_ok=True)
+    tiles.mkdir(exist_ok=True)
+    write_whole(masks / name, lambda file: Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG"))
+    if sum(1 for _ in tiles.iterdir()) < TILES:
+        write_whole(tiles / name, lambda file: _tile(shown.images[number], p > 0.5).save(file, "PNG"))
     return {"mask": name, "area": float(mask.mean())}
 
 
+def _tile(image: np.ndarray, mask: np.ndarray) -> Image.Image:
+    """A frame with its mask's outline."""
+    colours = np.repeat(image[..., None], 3, axis=2)
+    colours[mask & ~binary_erosion(mask)] = (255, 200, 0)
+    return Image.fromarray(colours).resize((TILE, TILE))
+
+
 def _take_masks(partial: Path, output: Path) -> None:
+    """Move the masks beside the output, with a contact sheet of the first ones."""
     folder = output.with_name(output.stem + "_masks")
     folder.mkdir(exist_ok=True)
     for file in sorted((partial / "masks").glob("*.png")):
         os.replace(file, folder / file.name)
+    tiles = sorted((partial / "tiles").glob("*.png"))
+    sheet = Image.new("RGB", (TILE * min(6, len(tiles)), TILE * -(-len(tiles) // 6)))
+    for i, tile in enumerate(tiles):
+        with Image.open(tile, formats=("PNG",)) as picture:
+            sheet.paste(picture, (TILE * (i % 6), TILE * (i // 6)))
+    write_whole(output.with_name(output.stem + "_masks.png"), lambda file: sheet.save(file, "PNG"))
 
 
 def _kept(partial: Path, settings: dict) -> dict[str, dict]:
@@ -238,13 +247,6 @@ def _kept(partial: Path, settings: dict) -> dict[str, dict]:
         kept[row["id"]] = row
     write_whole(log, lambda file: file.write_text("".join(whole), encoding="utf-8"))
     return kept
-
-
-def _unknown(inputs, clips) -> list[dict]:
-    """The files among the inputs that are no clip's."""
-    files = [path for path in inputs if Path(path).is_file()]
-    known = {os.path.realpath(file) for clip in clips for file in clip.files} if files else ()
-    return [{"path": str(path), "reason": UNKNOWN} for path in files if os.path.realpath(path) not in known]
 
 
 def _write(rows: list[dict], output: Path) -> None:

@@ -123,6 +123,7 @@ def test_masks_have_the_size_of_the_file(models, files, tmp_path):
     predict.predict(models["segmentation"], [files / "imagec.png"], tmp_path / "s.csv", progress=False)
     (row,) = rows_of(tmp_path / "s.csv")
     mask = np.asarray(Image.open(tmp_path / "s_masks" / row["mask"]))
+    assert Image.open(tmp_path / "s_masks.png").size == (predict.TILE, predict.TILE)
     assert mask.shape == (52, 70) and set(np.unique(mask)) <= {0, 255}
     assert float(row["area"]) == pytest.approx((mask > 0).mean())
     logits = logits_of(models["segmentation"], Image.open(files / "imagec.png"))
@@ -186,6 +187,7 @@ def test_what_cannot_be_read_is_named_and_passed_over(models, files, tmp_path, c
         ({"temperature": "warm"}, "temperature must be a number above 0"),
         ({"label_names": "abc"}, "label_names must be a list"),
         ({"crop": "no"}, "crop must be"),
+        ({"rate": -1}, "rate must be"),
     ],
 )
 def test_models_that_are_none_are_one_line(files, tmp_path, about, message, capsys):

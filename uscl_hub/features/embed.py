@@ -64,7 +64,7 @@ def embed(
     clips = find_clips(inputs, frames, passed)
     if not clips:
         raise ValueError(f"no image, video or DICOM file in {', '.join(map(str, inputs))}")
-    failed = _unknown(inputs, clips)
+    failed = unknown_files(inputs, clips)
     model = _placed(load_meta_uscl_backbone(name, checkpoint=checkpoint, revision=revision), device)
     settings = {
         "name": name,
@@ -109,15 +109,6 @@ def embed(
             new = done.get(clip.id) != digest
             return clip, digest, read_clip(clip, settings["px"], crop=crop, stride=stride) if new else None
 
-        def read(clip):
-            """-> (clip, content hash, Frames, or None if its features are there), or why it cannot be read."""
-            try:
-                return read_in_time(look, clip, stopped=stopped)
-            except UnreadableClip as error:
-                return {"path": str(error.path), "reason": error.reason}
-            except OSError as error:
-                return {"path": str(clip.files[0]), "reason": error.strerror or str(error)}
-
         current, pending = {}, []
 
         def take_pending():
@@ -128,7 +119,7 @@ def embed(
         def groups():
             """Lists of (clip, content hash, Frames) with a batch of frames at least, but for the last."""
             waiting = 0
-            for result in progress_bar(ahead(read, clips, threads=1), len(clips), progress):
+            for result in progress_bar(ahead(reader(look, stopped), clips, threads=1), len(clips), progress):
                 if isinstance(result, dict):
                     failed.append(result)
                     continue
@@ -298,7 +289,21 @@ def _settings(path, pq) -> dict:
         raise ValueError(f"{path}: is not a feature table of `uscl-hub embed`, or is damaged") from error
 
 
-def _unknown(inputs, clips) -> list[dict]:
+def reader(look, stopped: threading.Event):
+    """A function of a clip: look(clip), or {'path', 'reason'} where it cannot be read or takes too long."""
+
+    def read(clip):
+        try:
+            return read_in_time(look, clip, stopped=stopped)
+        except UnreadableClip as error:
+            return {"path": str(error.path), "reason": error.reason}
+        except OSError as error:
+            return {"path": str(clip.files[0]), "reason": error.strerror or str(error)}
+
+    return read
+
+
+def unknown_files(inputs, clips) -> list[dict]:
     """The files among the inputs that are no clip's."""
     files = [path for path in inputs if Path(path).is_file()]
     known = {os.path.realpath(file) for clip in clips for file in clip.files} if files else ()
