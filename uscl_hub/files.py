@@ -127,11 +127,12 @@ def check_room(folder, need: int = 4096) -> None:
 
 
 @contextmanager
-def locked(folder):
-    """Hold `folder`'s lock. Raises InUse at once if another process has it; a killed process gives it up."""
+def locked(folder, seconds: float = 0.0):
+    """Hold `folder`'s lock. Raises InUse if another process still has it after so many seconds; a killed process gives
+    it up."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(Path(folder) / ".lock", timeout=0)
+    lock = FileLock(Path(folder) / ".lock", timeout=seconds)
     try:
         lock.acquire()
     except Timeout:

@@ -30,6 +30,8 @@ FLUSH_SECONDS = 2.0
 CHECK_BYTES = 2 << 30  # of kept frames: so many are compared with their checksums at the start, a second's work
 RECENT_SECONDS = 2.0  # a file changed so shortly before may change again without another time stamp
 
+PATIENCE = 60.0  # seconds that an ingest waits for another one into the same cache: trainings may start together
+
 
 @dataclass(frozen=True)
 class FrameSettings:
@@ -159,7 +161,7 @@ def writing(folder: Path):
         yield False
         return
     try:
-        with locked(folder):
+        with locked(folder, PATIENCE):
             yield True
     except InUse as error:
         raise CacheError(str(error)) from None

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from uscl_hub.clips import content_hash, find_clips
 from uscl_hub.clips.crop import apply_region, detect_region
 from uscl_hub.clips.decode import decode
 from uscl_hub.errors import UserError
+from uscl_hub.files import locked
 from uscl_hub.preprocess import resize
 
 REPO = Path(__file__).resolve().parents[3]
@@ -155,8 +157,30 @@ def script(tmp_path, demo, out, body=""):
     return [sys.executable, str(path)]
 
 
+def test_an_ingest_waits_for_another_one_into_the_same_cache(demo, tmp_path):
+    first, held, free = (
+        ingest([demo], tmp_path, size=32, workers=0, progress=False),
+        threading.Event(),
+        threading.Event(),
+    )
+
+    def hold():
+        with locked(first.path):
+            held.set()
+            time.sleep(0.5)
+            free.set()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(60)
+    again = ingest([demo], tmp_path, size=32, workers=0, progress=False)
+    assert free.is_set() and again.ids == first.ids
+    thread.join()
+
+
 @pytest.mark.slow
-def test_killed_at_any_time_and_resumed_from_a_script(demo, tmp_path):
+def test_killed_at_any_time_and_resumed_from_a_script(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.data.ingest.PATIENCE", 0.0)
     whole = ingest([demo], tmp_path / "whole", size=32, workers=0, progress=False)
     slow = (
         "module.FLUSH_SECONDS = 0.0; line = module.Writer.line; import time\n"
