@@ -61,9 +61,13 @@ def test_signals(number, capsys):
         os.kill(os.getpid(), number)
         time.sleep(10)
 
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    assert ending(main, capsys) == (128 + number, "x.py: start again\n")
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+    outside = signal.signal(number, signal.default_int_handler)  # nohup, around the tests, would have it ignored
+    try:
+        before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+        assert ending(main, capsys) == (128 + number, "x.py: start again\n")
+        assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+    finally:
+        signal.signal(number, outside)
 
 
 def test_what_nohup_ignores_stays_ignored(capsys):
