@@ -119,7 +119,7 @@ def test_a_size_after_the_name(tmp_path, monkeypatch):
 @needs_lite0
 @pytest.mark.parametrize(
     "px, expected",
-    [(0, [64, 64, 64, 224, 48]), (32, [32, 32, 32, 224, 48])],
+    [(0, [128, 128, 128, 224, 48]), (32, [32, 32, 32, 224, 48])],
 )
 def test_imagenet_has_the_size_of_what_it_is_compared_with(px, expected):
     specs = ("random:resnet18", "imagenet", "meta_uscl_resnet18", "imagenet@224", "small=random:resnet18@48")

@@ -7,12 +7,13 @@ import timm
 import torch
 
 from training.benchmarks.measure import Row, clip_folder, fresh_process, ratio, spent, take_turns
+from training.data.provenance import Provenance
 from training.engine.export import export
 from uscl_hub.clips import find_clips
 from uscl_hub.features.embed import embed
 from uscl_hub.preprocess import normalise
 
-UNTRAINED = {"method": "no training", "steps": 0, "metrics": {}, "sources": [], "manifest_sha256": ""}
+UNTRAINED = Provenance("no training", steps=0, sources=[], manifest_sha256="", metrics={})
 
 
 def embedding(settings, device, folder):

@@ -99,7 +99,8 @@ def on_the_disk(given, disk):
     # exports: nothing where nothing was, and what was there stays
     state = timm.create_model("test_resnet", num_classes=0).state_dict()
     fill(disk, 300_000)
-    with pytest.raises(OSError, match="model.safetensors.*No space left"):
+    # safetensors' own writer and Python's say it in another order
+    with pytest.raises(OSError, match="model.safetensors.*No space left|No space left.*disk/out"):
         checkpoints.save_folder(disk / "out", state, {}, "")
     assert names(disk) == set()
     (disk / "filler").unlink()
