@@ -43,12 +43,19 @@ class Meaning:
         >>> meaning.say(np.array([[0.0, 0.0]]))
         array([[0.5, 0.5]])
         """
-        logits = logits.astype(np.float64)
         if self.task == "regression":
-            return logits * self.std + self.mean
-        return (
-            softmax(logits / self.temperature, 1) if self.task == "classification" else expit(logits / self.temperature)
-        )
+            return logits.astype(np.float64) * self.std + self.mean
+        return probabilities(self.task, logits, self.temperature)
+
+
+def probabilities(task: str, logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Logits (N, outputs, ...) -> float64: softmax over the outputs of a classification, else a sigmoid of each.
+
+    >>> probabilities("multilabel", np.zeros((1, 2)))
+    array([[0.5, 0.5]])
+    """
+    scaled = logits.astype(np.float64) / temperature
+    return softmax(scaled, axis=1) if task == "classification" else expit(scaled)
 
 
 def load_classifier(path):
@@ -63,23 +70,33 @@ def load_classifier(path):
         label = labels[model(transform(image)[None]).argmax()]
     """
     meaning = read_meaning(path)
-    cfg, architecture, _, config = checkpoints.read_config(path)
-    file = Path(path) / WEIGHTS_NAME
-    checkpoints.check_provenance(path, config)
+    cfg, *_ = checkpoints.read_config(path)
     if meaning.task == "segmentation":
-        if not timm.is_model(architecture):
-            raise CheckpointError(f"{path}: timm knows no architecture {tensors.shorten(architecture)!r}")
-        encoder = timm.create_model(
-            architecture, features_only=True, pretrained_cfg={**cfg, "source": None, "file": None}
-        )
-        model: nn.Module = UNet(encoder, len(meaning.labels))
-        tensors.check_shapes({k: tuple(e["shape"]) for k, e in tensors.read_header(file).items()}, model, file)
-        model.load_state_dict(tensors.check_values(checkpoints.load_tensors(file), model, where=file))
+        model: nn.Module = _load_unet(Path(path), len(meaning.labels))
     else:
         checkpoints.check_folder(path)
         model = timm.create_model(f"local-dir:{Path(path).resolve()}", pretrained=True)
     size, mean, std = cfg["input_size"], cfg["mean"], cfg["std"]
     return model.eval(), create_transform({"input_size": size, "mean": mean, "std": std}), list(meaning.labels)
+
+
+def _load_unet(folder: Path, outputs: int) -> UNet:
+    cfg, architecture, _, config = checkpoints.read_config(folder)
+    checkpoints.check_provenance(folder, config)
+    if not timm.is_model(architecture):
+        raise CheckpointError(f"{folder}: timm knows no architecture {tensors.shorten(architecture)!r}")
+
+    def build():
+        pretrained_cfg = {**cfg, "source": None, "file": None}
+        return UNet(timm.create_model(architecture, features_only=True, pretrained_cfg=pretrained_cfg), outputs)
+
+    file = folder / WEIGHTS_NAME
+    with torch.device("meta"):  # no memory for a network that the file has no weights for
+        shapes = {name: tuple(entry["shape"]) for name, entry in tensors.read_header(file).items()}
+        tensors.check_shapes(shapes, build(), file)
+    model = build()
+    model.load_state_dict(tensors.check_values(checkpoints.load_tensors(file), model, where=file))
+    return model
 
 
 def read_meaning(path) -> Meaning:

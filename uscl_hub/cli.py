@@ -136,6 +136,10 @@ def _push(args):
     return {"repo": args.repo, "url": url}, [f"Uploaded {args.path} to {args.repo}: {url}"]
 
 
+def _passed_over(report: dict) -> list[str]:
+    return [f"skipped {f['path']}: {f['reason']}" for f in report["failed"]] + report["found"]
+
+
 def _embed(args):
     from uscl_hub.features.embed import embed
 
@@ -153,7 +157,7 @@ def _embed(args):
         progress=not args.json,
     )
     lines = [f"{args.output}: {report['clips']} clips, {report['frames']} frames"]
-    lines += [f"skipped {f['path']}: {f['reason']}" for f in report["failed"]] + report["found"]
+    lines += _passed_over(report)
     lines += [f"note on {n['clip']}: {n['note']}" for n in report["notes"]]
     lines += [
         f"warning: {clip} may still show burned-in text after cropping: look at it before sharing anything of it"
@@ -176,7 +180,7 @@ def _predict(args):
         progress=not args.json,
     )
     lines = [f"{args.output}: {report['rows']} rows of {report['clips']} clips"]
-    lines += [f"skipped {f['path']}: {f['reason']}" for f in report["failed"]] + report["found"]
+    lines += _passed_over(report)
     return report, lines + [f"note on {n['path']}: {n['note']}" for n in report["notes"]]
 
 

@@ -22,7 +22,7 @@ from uscl_hub.clips import Report, content_hash, find_clips
 from uscl_hub.clips.clip import path_of
 from uscl_hub.clips.read import Frames, read_clip
 from uscl_hub.errors import UserError
-from uscl_hub.features.embed import ahead, progress_bar, reader, unknown_files
+from uscl_hub.features.embed import ahead, placed, progress_bar, reader, unknown_files
 from uscl_hub.files import check_room, locked, open_regular, write_json, write_whole
 from uscl_hub.preprocess import normalise
 
@@ -99,11 +99,7 @@ def predict(
 def _network(folder, onnx: bool, device: str):
     """(function of uint8 frames (N, px, px) -> logits float32 (N, outputs, ...), their pixels)."""
     model, transform, _ = load_classifier(folder)
-    keywords = transform.keywords
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by device and build
-        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    keywords, model = transform.keywords, placed(model, device)
     apply = _onnx(Path(folder) / ONNX_NAME) if onnx else lambda x: run(model, x)
 
     def logits(images: np.ndarray) -> np.ndarray:

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
-from scipy.special import expit, softmax
 
 from training.tuning.pixels import Pixels
+from uscl_hub.classifier import probabilities
 from uscl_hub.labels import Labels
 
 
@@ -47,10 +47,9 @@ class Problem:
 
     def say(self, logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
         """Probabilities of every frame (or pixel); regression: values in the targets' own unit. float64."""
-        logits = logits.astype(np.float64)
-        if self.task == "classification":
-            return softmax(logits / temperature, axis=1)
-        return logits * self.std + self.mean if self.task == "regression" else expit(logits / temperature)
+        if self.task == "regression":
+            return logits.astype(np.float64) * self.std + self.mean
+        return probabilities(self.task, logits, temperature)
 
 
 def describe(found: Labels) -> Problem:

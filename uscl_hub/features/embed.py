@@ -65,7 +65,7 @@ def embed(
     if not clips:
         raise ValueError(f"no image, video or DICOM file in {', '.join(map(str, inputs))}")
     failed = unknown_files(inputs, clips)
-    model = _placed(load_meta_uscl_backbone(name, checkpoint=checkpoint, revision=revision), device)
+    model = placed(load_meta_uscl_backbone(name, checkpoint=checkpoint, revision=revision), device)
     settings = {
         "name": name,
         "weights": _fingerprint(model),
@@ -211,7 +211,7 @@ def _query(query, features, settings: dict, device: str) -> tuple[np.ndarray, by
             f"{query}: holds {len(clips)} clips; a query is one image, video, DICOM file or folder of "
             "numbered frames, or the id of a clip in the table"
         )
-    model = _placed(
+    model = placed(
         load_meta_uscl_backbone(settings["name"], checkpoint=settings["checkpoint"], revision=settings["revision"]),
         device,
     )
@@ -321,7 +321,7 @@ def _check_settings(path: Path, pq, settings: dict) -> dict[str, str]:
     return places if isinstance(places, dict) else {}
 
 
-def _placed(model, device: str):
+def placed(model, device: str):
     try:
         return model.to(device, memory_format=torch.channels_last)  # 1.4 times as fast on a CPU
     except (RuntimeError, AssertionError) as error:  # torch raises either, by device and build
