@@ -167,7 +167,8 @@ def table(result: dict) -> str:
         return "–" if found is None else report.interval(found[metric[column]]) + verdicts.get((arm, *column), "")
 
     head = [
-        f"{result['tasks'][task]['title']}, {report.NAMES[protocol]}, {fraction:.0%} of labels: {metric[column]} (%)"
+        f"{result['tasks'][task]['title']}, {report.NAMES[protocol]}, "
+        f"{report.labels_kept(fraction)} of labels: {metric[column]} (%)"
         for column in columns
         for task, protocol, fraction in [column]
     ]

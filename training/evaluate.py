@@ -69,7 +69,8 @@ class EvaluateConfig:
     protocols: tuple[str, ...] = ("knn", "linear")
     """knn, linear, finetune_last, finetune_full; segmentation is trained with segment.heads instead."""
     fractions: tuple[float, ...] = (1.0,)
-    """Shares of the training groups that keep their label, such as 0.1 0.25 1."""
+    """Shares of the training groups that keep their label, such as 0.1 0.25 1; or numbers of labelled files, such as
+    25 50 100 200: whole groups, so the last one may bring a few more."""
     seeds: tuple[int, ...] = (0,)
     """Each seed makes its own folds, random weights and order; all are pooled."""
     folds: int = 5
@@ -227,8 +228,11 @@ def check(config: EvaluateConfig):
         raise EvaluationError(
             "test, task, columns and classes are for own labels: name them by --data, without --tasks"
         )
-    if config.folds < 2 or config.draws < 1 or config.rate <= 0 or any(not 0 < f <= 1 for f in config.fractions):
-        raise EvaluationError("folds must be at least 2, draws at least 1, rate above 0 and fractions in (0, 1]")
+    if config.folds < 2 or config.draws < 1 or config.rate <= 0:
+        raise EvaluationError("folds must be at least 2, draws at least 1 and rate above 0")
+    shares, numbers = (all(low < f <= high for f in config.fractions) for low, high in ((0, 1), (1, 1e9)))
+    if not shares and not numbers:
+        raise EvaluationError("fractions: give shares in (0, 1], or numbers of labelled files above 1, not both")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise EvaluationError("device: torch sees no CUDA device here; leave --device at 'auto'")
 

@@ -59,17 +59,31 @@ def make_folds(
 
 
 def label_subset(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Which training items keep their label, bool (items,): a share of the groups of every class, at least one.
+    """Which training items keep their label, bool (items,): whole groups, of every class at least one.
 
-    A group counts to the class of most of its items. A smaller share is a subset of a larger one with the same seed.
+    fraction: up to 1 a share of the groups of every class; above 1 a number of items, the classes in proportion: groups
+    are added until they hold that many, so that the last one may bring a few more. A group counts to the class of most
+    of its items. A smaller subset is part of a larger one with the same seed. Raises TaskError if items are too few.
     """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"label fraction must be in (0, 1], got {fraction}")
+    if not 0 < fraction < np.inf:
+        raise ValueError(f"a label fraction must be above 0, got {fraction}")
+    if fraction > len(groups):
+        raise TaskError(f"{fraction:g} labelled files were asked for, the training part has {len(groups)}")
     by_class = defaultdict(list)
     for group in sorted(set(groups)):
         by_class[int(np.bincount(labels[groups == group]).argmax())].append(group)
-    kept = set()
+    kept, waiting = [], []  # waiting: (place in its class's order as a share, group)
     for label, members in sorted(by_class.items()):
-        order = np.random.default_rng([seed, label]).permutation(len(members))
-        kept.update(members[i] for i in order[: max(1, round(fraction * len(members)))])
-    return np.isin(groups, sorted(kept))
+        order = [members[i] for i in np.random.default_rng([seed, label]).permutation(len(members))]
+        first = max(1, round(fraction * len(members))) if fraction <= 1 else 1
+        kept += order[:first]
+        waiting += [((i + 0.5) / len(order), group) for i, group in enumerate(order) if i >= first]
+    if fraction > 1:
+        size = dict(zip(*np.unique(groups, return_counts=True)))
+        total = sum(size[group] for group in kept)
+        for _, group in sorted(waiting):
+            if total >= fraction:
+                break
+            kept.append(group)
+            total += size[group]
+    return np.isin(groups, kept)

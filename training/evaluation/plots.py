@@ -12,7 +12,7 @@ import numpy as np  # noqa: E402
 from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay  # noqa: E402
 
 from training.evaluation.metrics import unit  # noqa: E402
-from training.evaluation.tables import NAMES, heading, in_order  # noqa: E402
+from training.evaluation.tables import NAMES, heading, in_order, labels_kept  # noqa: E402
 from uscl_hub.files import write_whole  # noqa: E402
 
 
@@ -42,7 +42,7 @@ def _of_task(name: str, task: dict, rows: list[dict], arrays: dict):
     title, metric = task["title"], next(m for m in ("macro-F1", "Dice", "R2") if m in rows[0]["metrics"])
     yield bars(rows, metric, title), "bars", f"{metric} with 95 % intervals"
     if len({r["fraction"] for r in rows}) > 1:
-        yield label_curves(rows, metric, title), "labels", f"{metric} by share of labels"
+        yield label_curves(rows, metric, title), "labels", f"{metric} by labels"
     if metric == "Dice":
         shown = {key: value for key, value in arrays.items() if key.startswith(f"overlay/{name}/")}
         yield overlays(shown), "overlays", "reference (green), prediction of a model that has not seen the image (red)"
@@ -79,7 +79,8 @@ def bars(rows: list[dict], metric: str, title: str):
         x = [places.index((r["protocol"], r["fraction"])) + (i - (len(backbones) - 1) / 2) * width for r in own]
         values, errors = zip(*(_errors(r, metric) for r in own))
         axis.bar(x, values, width * 0.92, yerr=np.transpose(errors), capsize=3, color=f"C{i}", label=backbone)
-    axis.set_xticks(range(len(places)), [NAMES[p].replace(" ", "\n", 1) + f"\n{f:.0%} of labels" for p, f in places])
+    names = [NAMES[p].replace(" ", "\n", 1) + f"\n{labels_kept(f)} of labels" for p, f in places]
+    axis.set_xticks(range(len(places)), names)
     axis.set(title=title, **_axis(metric))
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3, fontsize=8, frameon=False)
     return figure
@@ -87,15 +88,15 @@ def bars(rows: list[dict], metric: str, title: str):
 
 def label_curves(rows: list[dict], metric: str, title: str):
     """A panel a protocol, a line a backbone."""
-    names = list(dict.fromkeys(r["protocol"] for r in rows))
+    names, share = list(dict.fromkeys(r["protocol"] for r in rows)), rows[0]["fraction"] <= 1
     figure, axes = _grid(len(names), 3.4)
     for axis, protocol in zip(axes, names):
         for backbone in dict.fromkeys(r["backbone"] for r in rows):
             line = [r for r in rows if (r["protocol"], r["backbone"]) == (protocol, backbone)]
             values, errors = zip(*(_errors(r, metric) for r in line))
-            x = [100 * r["fraction"] for r in line]
+            x = [r["fraction"] * (100 if share else 1) for r in line]
             axis.errorbar(x, values, yerr=np.transpose(errors), capsize=3, marker="o", label=backbone)
-        axis.set(xlabel="labels (%)", **_axis(metric))
+        axis.set(xlabel="labels (%)" if share else "labelled files", **_axis(metric))
         axis.set_title(NAMES[protocol], fontsize=9)
         axis.legend(fontsize=7)
     figure.suptitle(title)
@@ -193,5 +194,5 @@ def overlays(shown: dict[str, np.ndarray]):
                 if mask.any() and not mask.all():
                     axis.contour(mask, [127], colors=colour, linewidths=1)
             axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(f"{backbone}\n{NAMES[head]}, {float(fraction):.0%}", fontsize=7)
+        line[0].set_ylabel(f"{backbone}\n{NAMES[head]}, {labels_kept(float(fraction))}", fontsize=7)
     return figure

@@ -14,7 +14,15 @@ import numpy as np  # noqa: E402
 from markdown import Markdown  # noqa: E402
 
 from training.evaluation.plots import plot  # noqa: E402
-from training.evaluation.tables import NAMES, about, data_notes, interval, markdown_tables, table  # noqa: E402, F401
+from training.evaluation.tables import (  # noqa: E402, F401
+    NAMES,
+    about,
+    data_notes,
+    interval,
+    labels_kept,
+    markdown_tables,
+    table,
+)
 from training.evaluation.task import EvaluationError  # noqa: E402
 from uscl_hub.files import write_text  # noqa: E402
 

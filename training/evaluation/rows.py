@@ -17,6 +17,7 @@ from training.evaluation.fine_tuning import before_last_block
 from training.evaluation.folds import task_folds
 from training.evaluation.frames import load_frames
 from training.evaluation.lesions import image_metrics, load_lesions
+from training.evaluation.tables import labels_kept
 from training.evaluation.task import Task, check_excluded
 
 SHOWN = 6  # segmentation overlays in the report
@@ -75,7 +76,7 @@ def _of_seed(config, cell: protocols.Cell, name: str, arrays: dict):
         own = inputs.get(protocol, lambda: features)
         for fraction in config.fractions:
             count = int(cell.folds.max()) + 1
-            with tqdm(total=count, desc=f"{task.name} {name} {protocol} {fraction:.0%} {cell.seed}") as bar:
+            with tqdm(total=count, desc=f"{task.name} {name} {protocol} {labels_kept(fraction)} {cell.seed}") as bar:
                 scores = protocols.scores_out_of_fold(cell, protocol, own, fraction, recipe, bar.update)
             yield (protocol, fraction), scores
 
@@ -118,7 +119,8 @@ def _segmented(config, cells: list[protocols.Cell], name: str, key: tuple[str, f
     shown = tested[np.linspace(0, len(tested) - 1, SHOWN).round().astype(int)]
     predicted, instances = [], []
     for cell in cells:
-        with tqdm(total=int(cell.folds.max()) + 1, desc=f"{task.name} {name} {head} {fraction:.0%} {cell.seed}") as bar:
+        about = f"{task.name} {name} {head} {labels_kept(fraction)} {cell.seed}"
+        with tqdm(total=int(cell.folds.max()) + 1, desc=about) as bar:
             mask, found = segmentation.masks_out_of_fold(cell, head, fraction, config.segment, bar.update)
         predicted.append(mask)
         instances += [found[i] for i in tested]

@@ -74,8 +74,13 @@ def in_order(row: dict) -> tuple:
     return list(NAMES).index(row["protocol"]), row["fraction"], row["level"] == "frame"
 
 
+def labels_kept(fraction: float) -> str:
+    """A share of the labels in percent, or their number."""
+    return f"{fraction:.0%}" if fraction <= 1 else f"{fraction:g}"
+
+
 def _kind(row: dict) -> list[str]:
-    return [row["backbone"], NAMES[row["protocol"]], f"{row['fraction']:.0%}", row["level"]]
+    return [row["backbone"], NAMES[row["protocol"]], labels_kept(row["fraction"]), row["level"]]
 
 
 HEAD = ["backbone", "protocol", "labels", "level"]

@@ -220,8 +220,20 @@ def test_label_subsets_are_nested_whole_groups_of_every_class():
     assert counts == {0.01: [1, 1], 0.1: [3, 1], 0.25: [8, 2], 1.0: [30, 10]}
     assert all((kept[a] <= kept[b]).all() for a, b in ((0.01, 0.1), (0.1, 0.25), (0.25, 1.0)))
     assert all(len(set(k[groups == g])) == 1 for k in kept.values() for g in set(groups))
-    with pytest.raises(ValueError, match="0, 1"):
+    with pytest.raises(ValueError, match="above 0"):
         datasets.label_subset(labels, groups, 0, seed=0)
+
+
+def test_label_subsets_of_a_number_of_files_are_nested_and_in_proportion():
+    groups = np.array([f"g{i}" for i in np.repeat(np.arange(40), 3)])
+    labels = np.array([int(int(g[1:]) >= 30) for g in groups])
+    kept = {n: datasets.label_subset(labels, groups, n, seed=0) for n in (2, 10, 12, 24, 60, 120)}
+    assert {n: int(k.sum()) for n, k in kept.items()} == {2: 6, 10: 12, 12: 12, 24: 24, 60: 60, 120: 120}
+    assert [int(k[labels == 1].sum()) for k in kept.values()] == [3, 3, 3, 6, 15, 30]
+    assert all((kept[a] <= kept[b]).all() for a, b in zip(list(kept), list(kept)[1:]))
+    assert all(len(set(k[groups == g])) == 1 for k in kept.values() for g in set(groups))
+    with pytest.raises(TaskError, match="121 labelled files were asked for, the training part has 120"):
+        datasets.label_subset(labels, groups, 121, seed=0)
 
 
 @pytest.mark.parametrize(
