@@ -60,7 +60,8 @@ run.main(config)
 # Features of all clips in one table, and the clips most like one of them as a picture.
 
 # %%
-from uscl_hub.features.embed import embed, search
+from uscl_hub.features.embed import embed
+from uscl_hub.features.search import search
 
 EXPORT, TABLE = OUT / "export", OUT / "features.parquet"
 embed([CLIPS], TABLE, name=MODEL, checkpoint=EXPORT)

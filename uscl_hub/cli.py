@@ -185,7 +185,7 @@ def _predict(args):
 
 
 def _search(args):
-    from uscl_hub.features.embed import search
+    from uscl_hub.features.search import search
 
     rows = search(args.query, args.features, k=args.k, sheet=args.sheet, device=args.device)
     lines = [f"{row['similarity']:.4f}  {row['clip']}" for row in rows]

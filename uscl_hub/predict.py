@@ -18,12 +18,13 @@ from scipy.ndimage import binary_erosion
 from scipy.special import entr
 
 from uscl_hub.classifier import Meaning, load_classifier, read_meaning, run
-from uscl_hub.clips import Report, content_hash, find_clips
+from uscl_hub.clips import content_hash
 from uscl_hub.clips.clip import path_of
 from uscl_hub.clips.read import Frames, read_clip
 from uscl_hub.errors import UserError
-from uscl_hub.features.embed import ahead, placed, progress_bar, reader, unknown_files
+from uscl_hub.features.network import placed
 from uscl_hub.files import check_room, locked, open_regular, write_json, write_whole
+from uscl_hub.inputs import find_inputs, nothing_read, read_ahead, unknown_files, write_report
 from uscl_hub.preprocess import normalise
 
 BATCH = 64
@@ -65,10 +66,7 @@ def predict(
         raise ValueError(f"{output}: the table is written as one of {', '.join(ENDINGS)}: name it so")
     if per not in ("clip", "frame"):
         raise ValueError(f"per is {per!r}: choose 'clip' or 'frame'")
-    passed = Report()
-    clips = find_clips(inputs, frames, passed)
-    if not clips:
-        raise ValueError(f"no image, video or DICOM file in {', '.join(map(str, inputs))}")
+    clips, passed = find_inputs(inputs, frames)
     network = _network(model, onnx, device)
     settings = {"weights": meaning.sha256, "per": per, "onnx": onnx}
     partial = output.with_name(output.name + ".partial")
@@ -79,19 +77,14 @@ def predict(
         failed = unknown_files(inputs, clips) + failed
         if not table:
             shutil.rmtree(partial)
-            raise ValueError("nothing could be read: " + "; ".join(f"{f['path']}: {f['reason']}" for f in failed[:5]))
+            raise nothing_read(failed)
         rows = [row for clip in table for row in clip["frame" if per == "frame" else "clip"]]
         if meaning.task == "segmentation":
             _take_masks(partial, output)
         _write(rows, output)
-        report = {
-            **{"output": str(output), "rows": len(rows), "clips": len(table)},
-            **{"computed": sum(clip["new"] for clip in table), "failed": failed},
-            **passed.as_dict(),
-            "found": passed.lines(),
-            "notes": [{"path": clip["path"], "note": note} for clip in table for note in clip["notes"]],
-        }
-        write_json(output.with_name(output.name + ".report.json"), report, indent=2)
+        facts = {"rows": len(rows), "clips": len(table), "computed": sum(clip["new"] for clip in table)}
+        notes = [{"path": clip["path"], "note": note} for clip in table for note in clip["notes"]]
+        report = write_report(output, facts, failed, passed, {"notes": notes})
         shutil.rmtree(partial)
     return report
 
@@ -141,7 +134,7 @@ def _run_all(clips, kept: dict, network, meaning: Meaning, partial: Path, progre
     failed: list[dict] = []
     try:
         with open(partial / "clips.jsonl", "a", encoding="utf-8") as log:
-            for found in progress_bar(ahead(reader(look, stopped), clips, threads=1), len(clips), progress):
+            for found in read_ahead(look, clips, stopped, progress):
                 if isinstance(found, dict):
                     failed.append(found)
                     continue

@@ -83,10 +83,18 @@ def _is_for_the_hub(text: str) -> bool:
 
 
 def settle(what, name: str = registry.DEFAULT):
-    """A checkpoint as it can be found again from any other folder: of a local path the absolute one, else as it is."""
-    if isinstance(what, str) and (what.startswith(HUB) or _release(what, name)):
+    """A checkpoint that `find` has found, so that it is found again from any other folder: of a local path the absolute
+    one, of a repository on the Hub hf-hub:org/name, else as it is."""
+    if what is None or is_beyond_doubt(what, name):
         return what
-    return os.path.abspath(os.path.expanduser(what)) if what and os.path.exists(os.path.expanduser(what)) else what
+    if os.path.exists(os.path.expanduser(what)):
+        return os.path.abspath(os.path.expanduser(what))
+    return f"{HUB}{what}" if isinstance(what, str) and hub.is_repo_id(what) else str(what)
+
+
+def is_beyond_doubt(what, name: str = registry.DEFAULT) -> bool:
+    """Whether a checkpoint is a released tag or hf-hub:org/name, and so no path, wherever it is read."""
+    return isinstance(what, str) and (what.startswith(HUB) or _release(what, name) is not None)
 
 
 def _release(text: str, name: str) -> str | None:

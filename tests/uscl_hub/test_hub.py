@@ -499,8 +499,9 @@ def test_a_checkpoint_found_again_from_elsewhere(export, tmp_path, monkeypatch):
     found = sources.settle("runs/export")
     monkeypatch.chdir("/")
     assert found == str(tmp_path / "runs/export") and sources.find(found).folder == tmp_path / "runs/export"
-    for other in (None, "nc", "meta_uscl_resnet18.nc", "org/name", "hf-hub:org/name"):
+    for other in (None, "nc", "meta_uscl_resnet18.nc", "hf-hub:org/name"):
         assert sources.settle(other) == other
+    assert sources.settle("org/name") == "hf-hub:org/name"
 
 
 def test_a_repository_beyond_doubt(hub, export, tmp_path):

@@ -108,6 +108,30 @@ def save(state, path):
     state.saved = state.step
 
 
+ADAM = {"step", "exp_avg", "exp_avg_sq"}
+MEMORIES = {"SGD": {"momentum_buffer"}, "Adam": ADAM, "AdamW": ADAM}  # nothing before the first step
+
+
+def _options(optimizer):
+    """All that is set of an optimizer but the learning rate, which the schedule sets."""
+    kept = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    return [(group, len(own["params"])) for group, own in zip(kept, optimizer.param_groups)]
+
+
+def _check_optimizer(name, optimizer, options):
+    """Raise ValueError unless a restored optimizer has these options, and of each weight all it remembers, in the
+    weight's shape: torch would notice at the next step only, or never."""
+    if _options(optimizer) != options:
+        raise ValueError(f"{name} has other options")
+    for weight, memory in optimizer.state.items():
+        if memory and set(memory) != MEMORIES[type(optimizer).__name__]:
+            raise ValueError(f"{name} remembers {', '.join(map(str, memory))}")
+        for key, value in memory.items():
+            counts = key == "step" and isinstance(value, torch.Tensor) and value.ndim == 0 and value >= 0
+            if not counts and getattr(value, "shape", None) != weight.shape:
+                raise ValueError(f"{name}.{key} does not have the shape of its weight")
+
+
 def damaged(path, error):
     return UserError(f"{path}: damaged or not a checkpoint of ours ({type(error).__name__}: {one_line(error)})")
 
@@ -127,8 +151,14 @@ def restore(state, path):
         raise UserError(f"{path}: --resume needs the settings it was started with; " + "; ".join(differ))
     try:
         for name, part in state.parts().items():
+            optimizer = isinstance(part, torch.optim.Optimizer)
+            options = _options(part) if optimizer else None
             part.load_state_dict(content[name])
+            if optimizer:
+                _check_optimizer(name, part, options)
         state.step = state.saved = operator.index(content["step"])
+        if state.step < 0:
+            raise ValueError(f"step {state.step}")
         check_finite(state)
     except Diverged as error:
         raise UserError(f"{path}: {error}: start again in another folder") from None

@@ -96,12 +96,12 @@ def test_stride_resume_and_added_clips(capsys, folder, scans, tmp_path, monkeypa
     from uscl_hub.features import embed as module
 
     out = tmp_path / "f.parquet"
-    monkeypatch.setattr(module, "SHARD_SECONDS", 0)  # a shard a clip
-    real = module._merge
-    monkeypatch.setattr(module, "_merge", lambda *a: (_ for _ in ()).throw(OSError("killed")))
+    monkeypatch.setattr(module, "PART_SECONDS", 0)  # a part a clip
+    real = module.merge
+    monkeypatch.setattr(module, "merge", lambda *a: (_ for _ in ()).throw(OSError("killed")))
     assert embed(capsys, folder, [scans], out, "--stride", 3)[0] == 1
     assert not out.exists() and (tmp_path / "f.parquet.partial").is_dir()
-    monkeypatch.setattr(module, "_merge", real)
+    monkeypatch.setattr(module, "merge", real)
     code, report, _ = embed(capsys, folder, [scans], out, "--stride", 3)
     assert code == 0 and report["clips"] == 3 and report["computed"] == 0 and report["frames"] == 3 + 1 + 1
     rows = [r for r in pq.read_table(out).to_pylist() if r["clip"] == "scans/a.gif" and r["level"] == "frame"]
