@@ -139,6 +139,7 @@ BROKEN = {
     "infinite": (rows("label", ["1", "2", "-inf", "3", "4", "5"]), "row 4: 'label' is -inf"),
     "empty": (rows("label", ["x", "y", "", "x", "y", "x"]), "row 4: 'label' is empty"),
     "an empty group": (rows("label,group", ["x,p", "y,q", "x,", "y,r", "x,s", "y,t"]), "row 4: 'group' is empty"),
+    "a folder with the table in it": (rows("label", GOOD, ".,x\n"), "row 8: . is a folder that holds this table"),
     "the same twice": (rows("label", GOOD, "a.png,x\n"), "rows 2 and 8 both name a.png"),
     "a group in two splits": (
         rows("label,group,split", [f"{c},{'p' if i < 2 else i},{'ab'[i % 2]}" for i, c in enumerate(GOOD)]),

@@ -119,10 +119,12 @@ def _options(optimizer):
 
 
 def _check_optimizer(name, optimizer, options):
-    """Raise ValueError unless a restored optimizer has these options, and of each weight all it remembers, in the
-    weight's shape: torch would notice at the next step only, or never."""
+    """Raise ValueError unless a restored optimizer has these options, a learning rate, and of each weight all that it
+    remembers, in the weight's shape: torch would notice at the next step only, or never."""
     if _options(optimizer) != options:
         raise ValueError(f"{name} has other options")
+    if any(type(group["lr"]) not in (int, float) or not 0 <= group["lr"] < 1e6 for group in optimizer.param_groups):
+        raise ValueError(f"{name} has no learning rate")
     for weight, memory in optimizer.state.items():
         if memory and set(memory) != MEMORIES[type(optimizer).__name__]:
             raise ValueError(f"{name} remembers {', '.join(map(str, memory))}")

@@ -70,7 +70,10 @@ def extension_of(path: Path) -> str:
     own = path.suffix.lower()
     if kind_of(own) or not path.is_symlink():
         return own
-    return os.path.splitext(os.path.realpath(path))[1].lower()
+    try:
+        return os.path.splitext(os.path.realpath(path))[1].lower()
+    except OSError:  # a link that may not be followed, as in /proc
+        return own
 
 
 def path_of(clip: Clip) -> Path:

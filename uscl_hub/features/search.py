@@ -15,6 +15,7 @@ from uscl_hub.features.thumbnails import contact_sheet, make_thumbnail
 from uscl_hub.files import write_whole
 from uscl_hub.load import load_meta_uscl_backbone
 from uscl_hub.preprocess import create_transform
+from uscl_hub.tensors import shorten
 
 LARGEST = 1e18  # of a feature: the square of a larger one may be infinite
 
@@ -80,10 +81,10 @@ def _model_of(features, settings: dict):
     if checkpoint is not None and not sources.is_beyond_doubt(checkpoint, name):
         checkpoint = Path(os.path.expanduser(checkpoint))
         if not checkpoint.exists():
-            hub = f", or {sources.HUB}{settings['checkpoint']} if a repository on the Hub was meant"
+            hub = f", or {sources.HUB}{shorten(settings['checkpoint'])} if a repository on the Hub was meant"
             raise CheckpointError(
-                f"{features}: was made with the checkpoint {checkpoint}, which is not there. Put it there, or embed "
-                f"again with --checkpoint and its new path{'' if checkpoint.is_absolute() else hub}"
+                f"{features}: was made with the checkpoint {shorten(str(checkpoint))}, which is not there. Put it "
+                f"there, or embed again with --checkpoint and its new path{'' if checkpoint.is_absolute() else hub}"
             )
     try:
         return load_meta_uscl_backbone(name, checkpoint=checkpoint, revision=settings["revision"])

@@ -1,6 +1,7 @@
 """Labels of a table: path and label, or several columns of labels; group, split and mask if wanted."""
 
 import math
+import os
 import unicodedata
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def _clips(table: Path, rows: list[dict[str, str]]) -> list[Clip]:
         if path in seen:
             raise LabelError(f"{table}: rows {seen[path]} and {number} both name {row['path']}. Keep one of them")
         seen[path] = number
+        if Path(os.path.realpath(path)) in Path(os.path.realpath(table)).parents:
+            raise LabelError(f"{table}: row {number}: {row['path']} is a folder that holds this table, not one clip")
         found = find_clips([path], frames="clip")
         if len(found) != 1:
             raise LabelError(f"{table}: row {number}: {path} is not one image, video, DICOM file or folder of frames")

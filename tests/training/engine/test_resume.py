@@ -262,6 +262,27 @@ def test_a_damaged_checkpoint_is_said(tiny, tmp_path, damage):
     assert path.read_bytes() == damaged
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda c: c["optimizer"]["param_groups"][0].update(momentum=0.5), "optimizer has other options"),
+        (lambda c: c["cmw_optimizer"]["param_groups"][0].update(amsgrad=True), "cmw_optimizer has other options"),
+        (lambda c: c["cmw_optimizer"]["param_groups"][0].update(lr="x"), "cmw_optimizer has no learning rate"),
+        (lambda c: c["cmw_optimizer"]["state"][0].pop("exp_avg"), "cmw_optimizer remembers"),
+        (lambda c: c["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(2)), "not have the shape"),
+        (lambda c: c.update(step=-1), "step -1"),
+    ],
+)
+def test_a_checkpoint_of_other_optimizers_is_refused(tiny, tmp_path, change, said):
+    config = tiny(optim={"steps": 1})
+    run.main(config)
+    path = tmp_path / "run" / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+    assert said in refusal(replace(config, resume=True))
+
+
 full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 
 

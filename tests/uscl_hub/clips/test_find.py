@@ -120,6 +120,21 @@ def test_names_beyond_path_max(tmp_path):
 # -------------------------------------------------------------------------------------------------------- names
 
 
+def test_a_link_that_may_not_be_followed_does_not_end_the_run(tmp_path, monkeypatch):
+    """As those in /proc of another user's processes."""
+    Image.new("L", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "cwd").symlink_to(tmp_path / "elsewhere")
+    real = os.path.realpath
+
+    def realpath(path, **kwargs):
+        if str(path).endswith("cwd"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, **kwargs)
+
+    monkeypatch.setattr(os.path, "realpath", realpath)
+    assert [clip.files[0].name for clip in find_clips([tmp_path])] == ["a.png"]
+
+
 def test_a_link_has_its_own_name(tmp_path):
     (tmp_path / "blobs").mkdir()
     write(tmp_path / "a.mp4", movie(), "mpeg4").rename(tmp_path / "blobs" / "0f3c")
