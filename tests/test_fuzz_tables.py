@@ -101,7 +101,7 @@ def test_feature_tables(pictures, tiny_export, tmp_path):
         lambda: pq.write_table(hostile_settings(table, rng), path),
         lambda: pq.write_table(hostile_columns(table, rng), path),
     )
-    names = str(path), "the feature table", str(tiny_export), "a.png"
+    names = str(path), "the feature table", str(tiny_export), "a.png", "a/b"  # a/b: hf-hub:a/b of VALUES
     for i in range(COUNT):
         damage[i % 3]()
         query = "scans/a.png" if i % 2 else pictures / "a.png"
