@@ -1,13 +1,18 @@
 """embed, search and export on real files, through the command."""
 
 import json
+import os
+import random
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
-from helpers import DATA
+from helpers import DATA, ROOT
 from PIL import Image
 
 import uscl_hub
@@ -169,3 +174,55 @@ def test_real_files_of_every_kind(capsys, tiny_export, tmp_path):
 def test_device_that_is_not_there(capsys, folder, scans, tmp_path):
     code, report, _ = embed(capsys, folder, [scans], tmp_path / "f.parquet", "--device", "nonsense")
     assert code == 1 and "nonsense" in report["error"] and not (tmp_path / "f.parquet").exists()
+
+
+KILLS = int(os.environ.get("USCL_KILLS", 2))
+PROGRAM = """
+import sys
+from uscl_hub.features import embed as module
+module.PART_SECONDS = 0  # a part a batch
+module.embed([sys.argv[1]], sys.argv[2], name="test_resnet", checkpoint=sys.argv[3], batch_size=1, progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(tiny_export, tmp_path):
+    """SIGKILL when some clips are finished: they are kept, and in the end nothing is missing and nothing twice."""
+    rng, root, count = np.random.default_rng(0), tmp_path / "scans", 30
+    root.mkdir()
+    for name in range(count):
+        clip = [Image.fromarray(rng.integers(0, 200, (60, 80), dtype=np.uint8)) for _ in range(8)]
+        clip[0].save(root / f"{'abcdefghij'[name % 10] * (1 + name // 10)}.gif", save_all=True, append_images=clip[1:])
+
+    def start(out):
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, "-c", PROGRAM, str(root), str(out), str(tiny_export)], env=env)
+
+    def rows(out):
+        table = pq.read_table(out).to_pylist()
+        return {(r["clip"], r["level"], r["frame"]): r["feature"] for r in table}, len(table)
+
+    whole, again = tmp_path / "whole.parquet", 0
+    assert start(whole).wait(300) == 0
+    wanted, length = rows(whole)
+    assert length == len(wanted) == 9 * count
+    for kill in range(KILLS):
+        out, parts = tmp_path / f"{kill}.parquet", random.Random(kill).randint(1, count - 5)
+        process = start(out)
+        while (
+            len(list((tmp_path / f"{kill}.parquet.partial").glob("[0-9]*.parquet"))) < parts and process.poll() is None
+        ):
+            time.sleep(0.001)
+        process.kill()
+        killed = process.wait() != 0
+        assert not (killed and out.exists())
+        assert start(out).wait(300) == 0
+        found, length = rows(out)
+        assert length == len(found) and found.keys() == wanted.keys()
+        for key, feature in found.items():
+            np.testing.assert_allclose(feature, wanted[key], atol=1e-5)
+        computed = json.loads((tmp_path / f"{kill}.parquet.report.json").read_text())["computed"]
+        assert not killed or computed <= count - parts
+        again += computed
+        assert not (tmp_path / f"{kill}.parquet.partial").exists()
+    print(f"{KILLS} kills, {KILLS * count - again} of {KILLS * count} clips were kept")
