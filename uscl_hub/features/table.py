@@ -122,6 +122,7 @@ def read_clips(path):
             raise TableError(f"{path}: has no column feature of float32 vectors of one length")
         names = ["clip", "frames", "thumbnail", "feature"]
         table = pq.read_table(path, columns=names, filters=[("level", "=", "clip")])
+        table.validate(full=True)  # texts that are not UTF-8, for one
     if not len(table):
         raise TableError(f"{path}: holds no clips. Make it again with `uscl-hub embed`")
     if empty := [name for name in names if table[name].null_count]:

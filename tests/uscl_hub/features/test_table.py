@@ -133,3 +133,11 @@ def test_a_path_is_never_asked_of_the_hub(table, scans, tmp_path, monkeypatch, c
     assert main(["search", str(scans / "a.png"), str(path)]) == 1
     said = capsys.readouterr().err
     assert asked == [] and str(path) in said and stored.lstrip("~") in said and "not there" in said
+
+
+def test_a_text_that_is_not_utf8(table, scans, tmp_path):
+    clips = pa.array([b"\xff\xfe"] * len(table), pa.binary()).view(pa.string())
+    changed = table.set_column(table.column_names.index("clip"), "clip", clips)
+    pq.write_table(changed.replace_schema_metadata(table.schema.metadata), tmp_path / "f.parquet")
+    with pytest.raises(TableError, match="f.parquet: is not a feature table"):
+        search(scans / "a.png", tmp_path / "f.parquet")
