@@ -3,11 +3,14 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from training.data.simulate import write_demo
 
 SOURCE = Path(__file__).parents[1] / "docs" / "walkthrough.py"
 
 
+@pytest.mark.slow
 def test_walkthrough(tmp_path, monkeypatch, capsys):
     write_demo(tmp_path / "walkthrough" / "clips", clips=80, frames=3, size=32, seed=0)
     monkeypatch.chdir(tmp_path)

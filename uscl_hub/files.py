@@ -68,6 +68,12 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.stem[:40]}.{uuid.uuid4().hex}.tmp{path.suffix[:20]}")
 
 
+def finished(folder, suffix: str) -> list[Path]:
+    """The files of a folder with a suffix, sorted, without the temporary ones that a killed process left."""
+    files = Path(folder).glob(f"*{suffix}")
+    return sorted(path for path in files if not (path.name.startswith(".") and path.stem.endswith(".tmp")))
+
+
 def write_whole(path, write) -> None:
     """Call write(temporary path), then give that file the name `path`; parent folders are made.
 

@@ -23,7 +23,7 @@ from uscl_hub.clips.clip import path_of
 from uscl_hub.clips.read import Frames, read_clip
 from uscl_hub.errors import UserError
 from uscl_hub.features.network import placed
-from uscl_hub.files import check_room, locked, open_regular, write_json, write_whole
+from uscl_hub.files import check_room, finished, locked, open_regular, write_json, write_whole
 from uscl_hub.inputs import find_inputs, nothing_read, read_ahead, unknown_files, write_report
 from uscl_hub.preprocess import normalise
 
@@ -209,9 +209,9 @@ def _take_masks(partial: Path, output: Path) -> None:
     """Move the masks beside the output, with a contact sheet of the first ones."""
     folder = output.with_name(output.stem + "_masks")
     folder.mkdir(exist_ok=True)
-    for file in sorted((partial / "masks").glob("*.png")):
+    for file in finished(partial / "masks", ".png"):
         os.replace(file, folder / file.name)
-    tiles = sorted((partial / "tiles").glob("*.png"))
+    tiles = finished(partial / "tiles", ".png")
     sheet = Image.new("RGB", (TILE * min(6, len(tiles)), TILE * -(-len(tiles) // 6)))
     for i, tile in enumerate(tiles):
         with Image.open(tile, formats=("PNG",)) as picture:

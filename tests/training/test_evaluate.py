@@ -276,6 +276,7 @@ def test_settings_that_cannot_work_are_refused(config, changes, said):
         evaluate.main(replace(config, **changes))
 
 
+@pytest.mark.slow
 def test_the_command_line(config, tmp_path):
     """A YAML file, overrides, and an error without a traceback."""
     file = tmp_path / "c.yaml"

@@ -154,6 +154,7 @@ def test_names_of_labels_and_sources_are_no_markup():
     assert "<script>" not in card and "\n| a |" not in card
 
 
+@pytest.mark.slow
 def test_repeated_by_the_same_plan_it_gives_the_same_bits(classified, tmp_path, short):
     config, _ = classified
     again = replace(config, out=str(tmp_path / "again"), plan=str(Path(config.out) / "plan.json"), minutes=0.001)
@@ -174,6 +175,7 @@ def test_a_finished_run_is_not_trained_again(classified, tmp_path, monkeypatch, 
         finetune.main(replace(config, out=str(tmp_path / "copy"), seed=1))
 
 
+@pytest.mark.slow
 def test_regression(folder, tiny_export, tmp_path, short):
     both = (f"tiny={tiny_export}", "random:test_resnet")
     result = finetune.main(settings(folder / "numbers.csv", tiny_export, tmp_path / "r", backbones=both, px=32))
@@ -187,6 +189,7 @@ def test_regression(folder, tiny_export, tmp_path, short):
     assert "Predicted against true" in (tmp_path / "r/report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_several_labels(folder, tiny_export, tmp_path, short):
     result = finetune.main(settings(folder / "several.csv", tiny_export, tmp_path / "m"))
     assert result["task"] == "multilabel" and result["names"] == ["small", "third"]
@@ -194,6 +197,7 @@ def test_several_labels(folder, tiny_export, tmp_path, short):
     assert timm.create_model(f"local-dir:{tmp_path}/m/export", pretrained=True).num_classes == 2
 
 
+@pytest.mark.slow
 def test_segmentation(folder, tiny_export, tmp_path, monkeypatch):
     shorten(monkeypatch, (2,))
     result = finetune.main(settings(folder / "lesions", tiny_export, tmp_path / "s", px=32))
@@ -207,6 +211,7 @@ def test_segmentation(folder, tiny_export, tmp_path, monkeypatch):
     assert "Outlines" in (tmp_path / "s/report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_interrupted_it_goes_on(folder, tiny_export, tmp_path):
     out = tmp_path / "stopped"
     command = [sys.executable, str(ROOT / "training/finetune.py"), "--data", str(folder / "classes"), "--out", str(out)]

@@ -57,6 +57,7 @@ def read(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_end_to_end_on_real_files(scans, tiny, tmp_path, capsys):
     out = tmp_path / "run"
     config = tiny(

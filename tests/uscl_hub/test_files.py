@@ -12,6 +12,7 @@ from uscl_hub.files import (
     NotAFile,
     check_regular,
     check_room,
+    finished,
     open_regular,
     sha256,
     write_json,
@@ -125,6 +126,19 @@ def test_the_temporary_file_has_the_suffix(tmp_path):
     names = []
     write_whole(tmp_path / "a.png", lambda part: (names.append(part.name), part.write_bytes(b"x")))
     assert names[0].endswith(".png") and names[0].startswith(".")
+
+
+def test_what_a_killed_process_leaves_is_not_finished(tmp_path):
+    def killed(part):
+        part.write_bytes(b"half")
+        names.append(part.name)
+
+    names = []
+    write_whole(tmp_path / "a.parquet", killed)
+    (tmp_path / names[0]).write_bytes(b"half")
+    (tmp_path / ".hidden.parquet").write_bytes(b"x")  # a user's
+    (tmp_path / "b.json").write_bytes(b"x")
+    assert [path.name for path in finished(tmp_path, ".parquet")] == [".hidden.parquet", "a.parquet"]
 
 
 def test_room_is_looked_for_before_it_is_needed(tmp_path):

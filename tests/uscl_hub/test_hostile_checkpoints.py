@@ -274,6 +274,7 @@ def whole(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["top", "pretrained_cfg", "uscl_hub"])
+@pytest.mark.slow
 def test_wrong_types_anywhere_in_a_config(tmp_path, capsys, place):
     """Either it does not matter and all works, or one line of error names the file; for programs, JSON."""
     folder, config = whole(tmp_path)

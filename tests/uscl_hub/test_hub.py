@@ -236,6 +236,7 @@ def error(*words, named=True, **arguments):
 """
 
 
+@pytest.mark.slow
 def test_download_cache_revision_and_offline(hub, export, tmp_path):
     first = hub.add("org/good", files(export))
     newer = make_export(tmp_path / "newer", 2)

@@ -262,6 +262,7 @@ def test_wheel_in_a_fresh_environment(tmp_path):
     assert run(tmp_path / "venv/bin/uscl-hub", "--version") == f"uscl-hub {uscl_hub.__version__}"
 
 
+@pytest.mark.slow
 def test_what_the_plain_installation_can_do(tmp_path):
     """Without the extras: images as a dataset, a file for deployment; what needs an extra says which one."""
     for i, label in enumerate(("normal", "benign") * 2):

@@ -23,7 +23,7 @@ from uscl_hub.features.network import features_of, fingerprint, placed, side_by_
 from uscl_hub.features.places import tell_apart
 from uscl_hub.features.table import import_pyarrow, make_schema, merge, read_finished, save_part
 from uscl_hub.features.thumbnails import make_thumbnail
-from uscl_hub.files import check_room, locked
+from uscl_hub.files import check_room, finished, locked
 from uscl_hub.inputs import ahead, find_inputs, nothing_read, read_ahead, unknown_files, write_report
 from uscl_hub.load import load_meta_uscl_backbone
 from uscl_hub.models import width
@@ -76,7 +76,7 @@ def embed(
     with locked(partial):
         check_room(partial)
         earlier = [output] * output.exists()
-        done, places = read_finished(earlier + sorted(partial.glob("*.parquet")), settings)
+        done, places = read_finished(earlier + finished(partial, ".parquet"), settings)
         clips, places = tell_apart(clips, places, done, content_hash)
         where = {"checkpoint": sources.settle(checkpoint, name), "revision": revision, "places": places}
         schema = make_schema(width(model), {**settings, **where})
@@ -86,7 +86,7 @@ def embed(
         if not run.current and not done:
             shutil.rmtree(partial)
             raise nothing_read(failed)
-        facts = merge(earlier + sorted(partial.glob("*.parquet")), output, schema, run.current)
+        facts = merge(earlier + finished(partial, ".parquet"), output, schema, run.current)
         facts["computed"] = len(run.current.items() - done.items())
         report = write_report(output, facts, failed, passed, {"settings": settings})
         shutil.rmtree(partial)

@@ -91,6 +91,7 @@ def test_resumed_bit_for_bit_and_exported_with_its_parents(tiny, teacher, tmp_pa
     assert [(p["role"], p["name"]) for p in provenance["parents"]] == [("teacher", "imagenet")]
 
 
+@pytest.mark.slow
 def test_distillation_learns(tiny, teacher, tmp_path):
     config = tiny(method="distil", distil=SMALL, optim={"steps": 60, "lr": 3e-3}, out=str(tmp_path / "run"))
     run.main(config)

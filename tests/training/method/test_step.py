@@ -86,7 +86,12 @@ TOPS = {  # by depth, what a reader of the architecture would call its last stag
 }
 
 
-@pytest.mark.parametrize("name, depth", TOPS)
+QUICK = ("resnet18", 1), ("mobilenetv2_050", 1)
+
+
+@pytest.mark.parametrize(
+    "name, depth", [pytest.param(*top, marks=() if top in QUICK else pytest.mark.slow) for top in TOPS]
+)
 @pytest.mark.parametrize("delayed", [False, True])
 def test_meta_gradient_of_the_last_stages_equals_double_backward(name, depth, delayed):
     kwargs = {"img_size": 32} if name.startswith("vit") else {}

@@ -87,7 +87,9 @@ def test_a_compressed_frame_is_as_large_as_its_own_header_says(tmp_path, name, f
         assert text in reason(compressed(tmp_path / "a.dcm", frame[: 1 << 15], syntax))
 
 
-@pytest.mark.parametrize("where", ["native", "fragment", "offset table", "private"])
+@pytest.mark.parametrize(
+    "where", ["native", *(pytest.param(w, marks=pytest.mark.slow) for w in ("fragment", "offset table", "private"))]
+)
 def test_a_sparse_dicom_file_takes_no_memory(tmp_path, where):
     """3 GiB of holes: in the pixels, a fragment, the offset table, or an element before the pixels."""
     path, size = tmp_path / "a.dcm", 3 << 30

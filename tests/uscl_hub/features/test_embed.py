@@ -106,6 +106,7 @@ def test_stride_resume_and_added_clips(capsys, folder, scans, tmp_path, monkeypa
     monkeypatch.setattr(module, "merge", lambda *a: (_ for _ in ()).throw(OSError("killed")))
     assert embed(capsys, folder, [scans], out, "--stride", 3)[0] == 1
     assert not out.exists() and (tmp_path / "f.parquet.partial").is_dir()
+    (tmp_path / "f.parquet.partial" / ".00.abc.tmp.parquet").write_bytes(b"")  # killed while it wrote a part
     monkeypatch.setattr(module, "merge", real)
     code, report, _ = embed(capsys, folder, [scans], out, "--stride", 3)
     assert code == 0 and report["clips"] == 3 and report["computed"] == 0 and report["frames"] == 3 + 1 + 1
