@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from training.data import index
 from training.data.cache import FrameCache
 from uscl_hub.clips import find_clips
 
@@ -64,14 +65,14 @@ def dicom(path, pixels, photometric="MONOCHROME2", bits=None, compress=None, **t
     return path
 
 
-def cache_in_memory(lengths, px=8, seed=0):
-    """A FrameCache of random frames that has no folder: clips of these lengths."""
+def cache_in_memory(lengths, px=8, seed=0, sources=1):
+    """A FrameCache of random frames that has no folder: clips of these lengths, of the sources in turn."""
     lengths = np.array(lengths)
     offsets = (np.cumsum(lengths) - lengths).tolist()
     records = [
-        {"id": f"{i:09d}", "source": "s", "sha256": str(i), "frames": n, "offset": offset}
+        {"id": f"{i:09d}", "source": f"s{i % sources}", "sha256": f"{i:064x}", "frames": n, "offset": offset}
         for i, (n, offset) in enumerate(zip(lengths.tolist(), offsets))
     ]
-    cache = FrameCache(".", px, records)
+    cache = FrameCache(["."], px, index.columns(records))
     cache.frames = np.random.default_rng(seed).integers(0, 256, (lengths.sum(), px, px), dtype=np.uint8)
     return cache

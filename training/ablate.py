@@ -81,7 +81,7 @@ def training(config: AblateConfig, arm: str, seed: int) -> configs.Config:
     method = arm.partition("/")[0]
     one = copy.deepcopy(config.train)
     one.method, one.seed, one.out = method, seed, str(Path(config.out) / "training" / f"{slug(arm)}-{seed}")
-    one.data.cache, one.resume = str(Path(config.out) / "frames"), True
+    one.data.cache, one.resume = (str(Path(config.out) / "frames"),), True
     match = re.fullmatch(r"(meta_uscl|uscl)/(standard|inner)/([1-9]\d*)((?:/\w+)*)", arm)
     if match:
         one.pairs.mode, one.pairs.frames = match[2], int(match[3])

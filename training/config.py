@@ -21,8 +21,9 @@ class Data:
     roots: tuple[str, ...] = ()
     """Folders of clips, searched with any nesting: videos, DICOM, folders of numbered frames, images. None: the
     built-in demo with simulated clips."""
-    cache: str = ""
-    """Folder of the frame cache; '' puts it beside the run ('cache' in the output folder)."""
+    cache: tuple[str, ...] = ()
+    """Folder of the frame cache, or several, on several disks; none: beside the run ('cache' in the output folder).
+    Of several, what is new goes into the first, with torchrun into each one's share of the processes."""
     cache_size: int = 0
     """Pixels of the cached frames' sides; 0: 1.25 x model.size, so that a crop of 0.7 ... 1 of the area is not
     enlarged."""
@@ -237,6 +238,11 @@ class Config:
     loss: Loss = field(default_factory=Loss)
     distil: Distil = field(default_factory=Distil)
     optim: Optim = field(default_factory=Optim)
+
+
+def cache_folders(config, out):
+    """The folders of a training's frame cache. out: its output folder."""
+    return [Path(folder) for folder in config.data.cache if folder] or [Path(out) / "cache"]
 
 
 def training_pairs(config):

@@ -35,9 +35,10 @@ def setup(device="auto"):
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        # The others wait while rank 0 decodes the clips; their watch ends them if it dies.
+        # One may decode its share of the clips for longer than the others; their watch ends them if it dies.
         patience = datetime.timedelta(days=2)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=patience)
+        # what is no tensor travels by gloo, also between GPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=patience)
         if world() > 1:
             Watch().start()
     if device == "cpu":
@@ -128,6 +129,11 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_world():
+    """The ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world() > 1 else 1
+
+
 def share(n):
     """This rank's slice of n things, in the order in which `gather` puts them together again."""
     return slice(rank() * n // world(), (rank() + 1) * n // world())
@@ -145,6 +151,24 @@ def broadcast(value):
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def scatter(values):
+    """This rank's one of rank 0's values, a picklable one for each rank; the other ranks give None."""
+    if world() == 1:
+        return values[0]
+    mine = [None]
+    dist.scatter_object_list(mine, values)
+    return mine[0]
+
+
+def gather_values(value):
+    """The picklable values of all ranks on rank 0, an empty list on the others."""
+    if world() == 1:
+        return [value]
+    values = [None] * world() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
 
 
 def gather(x, dim=1):

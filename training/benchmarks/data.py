@@ -27,9 +27,9 @@ from training.benchmarks.measure import (
     take_turns,
 )
 from training.benchmarks.steps import meta, plain, problem
-from training.data import batches
+from training.data import batches, index
 from training.data.cache import FrameCache
-from training.data.groups import assign_groups, split_groups
+from training.data.groups import assign_groups, numbered, split_numbers
 from training.data.ingest import ingest
 from training.data.simulate import write_demo
 from uscl_hub.clips import UnreadableClip, find_clips, iter_frames
@@ -50,6 +50,8 @@ def write_cache(folder, size, clips, frames):
             file.write(json.dumps(line) + "\n")
     with open(folder / "frames.u8", "wb") as file:
         file.truncate(clips * frames * size**2)
+    lines, _ = index.read_log(folder, size)
+    index.save([folder], index.find_logs([folder]), index.columns(list(lines.values())))
     return FrameCache.open(folder)
 
 
@@ -154,7 +156,7 @@ def ingesting(settings, device, folder):
     yield Row("ingest", "speed / plain decoding", "", ratio(seconds, "decode", "ingest"), ">= 0.8", note)
 
 
-def index(settings, device, folder):
+def index_rows(settings, device, folder):
     few = max(settings.clips // 100, 200)
     for clips in (few, settings.clips):
         write_cache(folder / f"index{clips}", 80, clips, 100)
@@ -179,9 +181,9 @@ def index_use(path, steps, batch):
     """Open a cache, split it, make batches; own memory in MiB and seconds. Call it in a fresh process."""
     before, start = memory_use(), time.perf_counter()
     cache = FrameCache.open(path)
-    groups = assign_groups(cache.ids, r"(patient_\d+)")
-    splits = np.array(split_groups(groups, {"train": 0.8, "meta": 0.1, "val": 0.1}, 0, cache.sources))
-    train, held_out = np.flatnonzero(splits == "train"), np.flatnonzero(splits == "meta")
+    groups, _ = numbered(assign_groups(cache.each_id(), r"(patient_\d+)"))
+    splits = split_numbers(groups, {"train": 0.8, "meta": 0.1, "val": 0.1}, 0, cache.source_numbers)
+    train, held_out = np.flatnonzero(splits == 0), np.flatnonzero(splits == 1)
     opened = time.perf_counter() - start
     for step in range(steps // 10):
         load_batches(cache, train, held_out, batch, step)

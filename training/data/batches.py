@@ -56,7 +56,7 @@ def make_batch(cache, clips, config: Pairs, key, part=slice(None), faults=None):
     about = About(
         distance=torch.from_numpy((numbers.max(1) - numbers.min(1)).astype(np.float32)),
         reach=torch.tensor([min(furthest(cache, clip, config), int(cache.lengths[clip]) - 1) for clip in clips]),
-        source=torch.from_numpy(cache.source_numbers[np.asarray(clips)]),
+        source=torch.from_numpy(cache.source_numbers[np.asarray(clips)].astype(np.int64)),
     )
     frames, mix = cache.take(np.asarray(clips)[part], numbers[part]), mix[part]
     done = None if faults is None else faults.spoil(cache, clips, key, part, (frames, mix))

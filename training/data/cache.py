@@ -1,93 +1,175 @@
-"""Frame cache: every clip decoded once, cropped, resized, kept as grey uint8 in one memory-mapped file.
+"""Frame cache: every clip decoded once, cropped, resized, kept as grey uint8 in memory-mapped files.
 
 folder/
   settings.json   what the frames were made with; another setting is another folder
   frames.u8       (total frames, size, size), clips back to back
-  index.jsonl     one line a clip, written only after its frames: id, content hash, offset, frames, crc32, region, ...
+  index.jsonl     the log: one line a clip, written only after its frames: id, content hash, offset, frames, crc32, ...
+  index.arrow     its columns, with index.json, see `index`
   report.json     the last ingest: files that could not be read and why, duplicates, notes
   damaged.txt     ids of clips whose frames were found damaged; the next ingest decodes them again
-`ingest.py` writes it; this module reads it.
+  shard_001/ ...  frames.u8, index.jsonl and damaged.txt of what other processes decoded
+A cache may lie in several such folders, on several disks. `ingest.py` writes it; this module reads it.
 """
 
 import json
 import mmap
-import os
-import sys
 import zlib
 from functools import cached_property
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Sequence
 
 import numpy as np
+import pyarrow as pa
 
-from uscl_hub.errors import UserError
-
-
-class CacheError(UserError):
-    """The cache folder cannot be used: in use, damaged, or too few clips; the message says which and what to do."""
+from training.data import index
+from training.data.index import SHARD, CacheError, Log
 
 
 class FrameCache:
-    """Random access to cached frames. Pickles as a path and columns, so that worker processes share the mapping.
+    """Random access to cached frames, a clip a row. Pickles as folders and row numbers: every process maps the files.
 
-    ids, sources, sha256: lists of str; files: of every clip, the SHA-256 of each file of a numbered series, () for one
-    file and in old caches; lengths, offsets: int64 (clips,); fps: float32 (clips,), NaN where unknown; crc32: int64
-    (clips,), of a clip's frames, -1 where an old cache has none. All sorted by id. frames: uint8 memory map (total
-    frames, size, size), which may hold clips not listed here; `take` and `clip` check a clip's frames when they are
-    first read.
+    folders: of the cache; size: pixels of the frames' sides. table: `index.SCHEMA`, sorted by id. lengths, offsets:
+    int64 (clips,), where `at` finds a clip's frames; fps: float32 (clips,), NaN where unknown; crc32: int64 (clips,),
+    of a clip's frames, -1 where an old cache has none. `take`, `clip` and `check` compare a clip's frames with it when
+    they are first read.
     """
 
-    def __init__(self, path: Path, size: int, records: Sequence[dict]):
-        records = sorted(records, key=lambda record: record["id"])
-        self.path, self.size = Path(path), size
-        self.ids = [record["id"] for record in records]
-        self.sources = [sys.intern(record["source"]) for record in records]
-        self.sha256 = [record["sha256"] for record in records]
-        self.lengths = np.array([record["frames"] for record in records], np.int64)
-        self.offsets = np.array([record["offset"] for record in records], np.int64)
-        self.files = [tuple(record.get("files", ())) for record in records]
-        self.fps = np.array([record.get("fps") or np.nan for record in records], np.float32)
-        self.crc32 = np.array([record.get("crc32", -1) for record in records], np.int64)
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        size: int,
+        table: pa.Table,
+        logs: Sequence[Log] | None = None,
+        rows: np.ndarray | None = None,
+    ):
+        """The clips in `rows` of the table (None: all), which is that of `logs` (None: it pickles with the cache)."""
+        self.folders, self.size, self.logs, self.rows = tuple(map(Path, folders)), size, logs, rows
+        self._set_table(table)
+
+    def _set_table(self, table: pa.Table):
+        self.table = table
+        numbers = ("frames", "offset", "fps", "crc32")
+        self.lengths, self.offsets, self.fps, self.crc32 = (self._numpy(name) for name in numbers)
+
+    def _numpy(self, name: str) -> np.ndarray:
+        values = index.column(self.table, name).to_numpy()
+        return values if self.rows is None else values[self.rows]
 
     @classmethod
-    def open(cls, path: Path | str) -> "FrameCache":
-        """The cache in `path`: a settings folder, or the folder around exactly one. Identical contents count once."""
-        path = Path(path)
-        if not (path / "settings.json").is_file():
-            inside = sorted(path.glob("*/settings.json"))
-            if not inside:
-                raise CacheError(f"{path}: holds no frame cache; run the ingest first")
-            if len(inside) > 1:
-                names = ", ".join(p.parent.name for p in inside)
-                raise CacheError(f"{path}: holds {len(inside)} caches with different settings; name one: {names}")
-            path = inside[0].parent
+    def open(cls, path: Path | str | Sequence[Path | str]) -> "FrameCache":
+        """The cache in `path`, or in several paths: settings folders, or the folders around exactly one each.
+
+        Identical contents count once. Raises CacheError.
+        """
+        folders = [settings_folder(Path(one)) for one in ([path] if isinstance(path, (str, Path)) else path)]
+        if len(names := {folder.name for folder in folders}) > 1:
+            raise CacheError(f"{', '.join(map(str, folders))}: their frames were made with different settings: {names}")
+        about = folders[0] / "settings.json"
         try:
-            size = int(json.loads((path / "settings.json").read_text(encoding="utf-8"))["size"])
+            size = int(json.loads(about.read_text(encoding="utf-8"))["size"])
         except (ValueError, KeyError, TypeError) as error:
-            raise CacheError(f"{path / 'settings.json'} is damaged: delete {path} and ingest again") from error
-        lines, _ = read_index(path, size)
-        return cls(path, size, unique(lines.values())[0])
+            raise CacheError(f"{about} is damaged: delete {folders[0]} and ingest again") from error
+        logs = index.find_logs(folders)
+        table = index.load(folders, size, logs)
+        return cls(folders, size, table, logs, first_of_each(table))
+
+    # --------------------------------------------------------------------------------------------- about the clips
+
+    def _list(self, name: str) -> list:
+        column = self.table[name]
+        return (column if self.rows is None else column.take(pa.array(self.rows))).to_pylist()
+
+    @property
+    def ids(self) -> list[str]:
+        """Of all clips; the list is made at each use, as are the others'."""
+        return self._list("id")
+
+    def each_id(self) -> Iterator[str]:
+        """The ids, without a list of them all."""
+        column, part = self.table["id"], 1 << 16
+        for first in range(0, len(self), part):
+            rows = None if self.rows is None else pa.array(self.rows[first : first + part])
+            yield from (column.slice(first, part) if rows is None else column.take(rows)).to_pylist()
+
+    @property
+    def sources(self) -> list[str]:
+        names = self.source_names
+        return [names[number] for number in self.source_numbers]
+
+    @property
+    def sha256(self) -> list[str]:
+        return [digest.hex() for digest in self._list("sha256")]
+
+    @property
+    def files(self) -> list[tuple[str, ...]]:
+        """Of every clip, the SHA-256 of each file of a numbered series; () for one file and in old caches."""
+        return [tuple(digest.hex() for digest in digests) for digests in self._list("files")]
+
+    def id_of(self, clip: int) -> str:
+        return self.table["id"][int(clip if self.rows is None else self.rows[clip])].as_py()
 
     @cached_property
+    def _sources(self) -> tuple[list[str], np.ndarray]:
+        coded = index.column(self.table, "source")
+        codes = coded.indices.to_numpy()
+        present, numbers = np.unique(codes if self.rows is None else codes[self.rows], return_inverse=True)
+        names = coded.dictionary.take(pa.array(present)).to_pylist()
+        order = np.argsort(np.array(names, object))
+        rank = np.empty(len(names), np.int32)
+        rank[order] = np.arange(len(names))
+        return [names[i] for i in order], rank[numbers]
+
+    @property
+    def source_names(self) -> list[str]:
+        """Sorted, each once."""
+        return self._sources[0]
+
+    @property
     def source_numbers(self) -> np.ndarray:
-        """int64 (clips,): each clip's source as a number, by the order of the sources' names."""
-        return np.unique(self.sources, return_inverse=True)[1].astype(np.int64)
+        """int32 (clips,): each clip's source as its place in `source_names`."""
+        return self._sources[1]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __repr__(self):
+        return f"FrameCache({self.path}, {len(self)} clips, {int(self.lengths.sum())} frames of {self.size} px)"
+
+    # ------------------------------------------------------------------------------------------------- their frames
+
+    @property
+    def path(self) -> Path:
+        """The first folder."""
+        return self.folders[0]
+
+    @cached_property
+    def shards(self) -> list[Path]:
+        """Their folders, by number."""
+        return [self.path] if self.logs is None else [self.folders[log.folder] / log.name for log in self.logs]
 
     @cached_property
     def frames(self) -> np.ndarray:
-        file = self.path / "frames.u8"
-        total = file.stat().st_size // self.size**2 if file.exists() else 0
-        if total == 0:
-            return np.empty((0, self.size, self.size), np.uint8)
-        with open(file, "rb") as f:
-            pages = mmap.mmap(f.fileno(), total * self.size**2, access=mmap.ACCESS_READ)
-        if hasattr(mmap, "MADV_RANDOM"):  # training wants single frames: the usual read-ahead would be 20 times as much
-            pages.madvise(mmap.MADV_RANDOM)
-        return np.frombuffer(pages, np.uint8).reshape(total, self.size, self.size)
+        """uint8 memory map (frames, size, size) of the first shard, which may hold clips not listed here."""
+        return _map(self.shards[0] / "frames.u8", self.size)
 
     @cached_property
-    def _checked(self) -> np.ndarray:
-        return self.crc32 < 0
+    def _further(self) -> list[np.ndarray]:
+        return [_map(shard / "frames.u8", self.size) for shard in self.shards[1:]]
+
+    def at(self, numbers: np.ndarray) -> np.ndarray:
+        """The frames with these numbers, unchecked: uint8 (..., size, size), a copy.
+
+        Args:
+            numbers: int64 (...), a clip's `offsets` + the frame's number within it.
+        """
+        if len(self.shards) == 1:
+            return self.frames[numbers]
+        found = np.empty((*numbers.shape, self.size, self.size), np.uint8)
+        shards, within = numbers >> SHARD, numbers & (1 << SHARD) - 1
+        for shard in np.unique(shards):
+            here = shards == shard
+            found[here] = (self._further[shard - 1] if shard else self.frames)[within[here]]
+        return found
 
     def take(self, clips: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """Frames of n clips, uint8 (n, ..., size, size), a copy.
@@ -100,108 +182,101 @@ class FrameCache:
             CacheError: a clip's frames, on their first use, do not match their checksum.
         """
         self.check(clips)
-        offsets = self.offsets[clips].reshape(-1, *[1] * (np.ndim(numbers) - 1))
-        return self.frames[offsets + numbers]
+        return self.at(self.offsets[clips].reshape(-1, *[1] * (np.ndim(numbers) - 1)) + numbers)
 
     def clip(self, i: int) -> np.ndarray:
         """uint8 (T, size, size), a view of the memory map. Raises CacheError as `take`."""
         self.check([i])
-        return self.frames[self.offsets[i] : self.offsets[i] + self.lengths[i]]
+        shard, first = int(self.offsets[i]) >> SHARD, int(self.offsets[i]) & (1 << SHARD) - 1
+        return (self._further[shard - 1] if shard else self.frames)[first : first + self.lengths[i]]
+
+    @cached_property
+    def _checked(self) -> np.ndarray:
+        return self.crc32 < 0
 
     def check(self, clips) -> None:
         """Compare clips with their checksums, each once. Raises CacheError and notes it for the next ingest."""
         clips = np.asarray(clips)
         for i in np.unique(clips[~self._checked[clips]]) if not self._checked[clips].all() else ():
-            if self._crc32_of_file(i) != self.crc32[i]:
-                note_damage(self.path, self.ids[i])
+            shard = self.shards[int(self.offsets[i]) >> SHARD]
+            if self._crc32_of_file(shard / "frames.u8", i) != self.crc32[i]:
+                note_damage(shard, self.id_of(i))
                 raise CacheError(
-                    f"{self.path / 'frames.u8'}: the frames of {self.ids[i]} do not match their checksum: the disk "
+                    f"{shard / 'frames.u8'}: the frames of {self.id_of(i)} do not match their checksum: the disk "
                     "or a copy has changed them. Start again, and that clip is decoded again"
                 )
             self._checked[i] = True
 
-    def _crc32_of_file(self, i: int) -> int:
+    def _crc32_of_file(self, path: Path, i: int) -> int:
         """Reads the file and not the map, whose pages come one by one."""
         crc, left = 0, int(self.lengths[i]) * self.size**2
-        with open(self.path / "frames.u8", "rb", buffering=0) as file:
-            file.seek(int(self.offsets[i]) * self.size**2)
+        with open(path, "rb", buffering=0) as file:
+            file.seek((int(self.offsets[i]) & (1 << SHARD) - 1) * self.size**2)
             while left and (block := file.read(min(left, 1 << 24))):
                 crc, left = zlib.crc32(block, crc), left - len(block)
         return crc
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __repr__(self):
-        return f"FrameCache({self.path}, {len(self)} clips, {int(self.lengths.sum())} frames of {self.size} px)"
+    # --------------------------------------------------------------------------------------------------- processes
 
     def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key not in ("frames", "_checked")}
+        kept = {"folders": self.folders, "size": self.size, "logs": self.logs, "rows": self.rows}
+        return kept if self.logs is not None else kept | {"table": self.table}
+
+    def __setstate__(self, state):
+        table = state.pop("table", None)
+        self.__dict__.update(state)
+        self._set_table(index.load(self.folders, self.size, self.logs) if table is None else table)
 
 
-def note_damage(folder: Path, clip_id: str) -> None:
+def settings_folder(path: Path) -> Path:
+    """`path`, or the one folder in it, that holds a cache's settings.json. Raises CacheError."""
+    if (path / "settings.json").is_file():
+        return path
+    inside = sorted(path.glob("*/settings.json"))
+    if not inside:
+        raise CacheError(f"{path}: holds no frame cache; run the ingest first")
+    if len(inside) > 1:
+        names = ", ".join(p.parent.name for p in inside)
+        raise CacheError(f"{path}: holds {len(inside)} caches with different settings; name one: {names}")
+    return inside[0].parent
+
+
+def first_of_each(table: pa.Table) -> np.ndarray | None:
+    """The rows of a table without those whose content is that of an earlier row; None: all differ."""
+    if not len(table):
+        return None
+    digests = index.column(table, "sha256")
+    words = np.frombuffer(digests.buffers()[1], ">u8")[4 * digests.offset :][: 4 * len(table)].reshape(-1, 4)
+    some = np.sort(words[:, -1])
+    if (some[1:] != some[:-1]).all():
+        return None
+    order = np.lexsort(words.T)  # stable: equal ones stay in the table's order
+    new = np.append(True, (words[order[1:]] != words[order[:-1]]).any(1))
+    return None if new.all() else np.sort(order[new])
+
+
+def _map(file: Path, size: int) -> np.ndarray:
+    total = file.stat().st_size // size**2 if file.exists() else 0
+    if total == 0:
+        return np.empty((0, size, size), np.uint8)
+    with open(file, "rb") as f:
+        pages = mmap.mmap(f.fileno(), total * size**2, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):  # training wants single frames: the usual read-ahead would be 20 times as much
+        pages.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(pages, np.uint8).reshape(total, size, size)
+
+
+def note_damage(shard: Path, clip_id: str) -> None:
     try:
-        with open(folder / "damaged.txt", "a", encoding="utf-8") as file:
+        with open(shard / "damaged.txt", "a", encoding="utf-8") as file:
             file.write(json.dumps(clip_id) + "\n")
     except OSError:
         pass  # a read-only cache: the message is all that can be done
 
 
-def read_damage(folder: Path) -> set[str]:
+def read_damage(shard: Path) -> set[str]:
     """Ids of the clips to decode again."""
     try:
-        return {json.loads(line) for line in (folder / "damaged.txt").read_text(encoding="utf-8").splitlines()}
+        return {json.loads(line) for line in (shard / "damaged.txt").read_text(encoding="utf-8").splitlines()}
     except (FileNotFoundError, ValueError):
         return set()
-
-
-def read_index(folder: Path, size: int, repair: bool = False) -> tuple[dict[str, dict], int]:
-    """The latest line of every clip id, and the end (in frames) of what they use.
-
-    With `repair` (the one writer), an unfinished last line and frames without a line are cut off; a reader just
-    leaves them aside. Raises CacheError where a line is damaged or needs more frames than there are.
-    """
-    index, data = folder / "index.jsonl", folder / "frames.u8"
-    text = index.read_bytes() if index.exists() else b""
-    complete = text[: text.rfind(b"\n") + 1]
-    have = data.stat().st_size // size**2 if data.exists() else 0
-    lines, end = {}, 0
-    for number, row in enumerate(complete.splitlines(), start=1):
-        try:
-            line = json.loads(row)
-            if not _is_line(line):
-                raise ValueError("a value is missing or of the wrong type")
-        except ValueError as error:
-            raise CacheError(f"{index}, line {number} is damaged: delete {folder} and ingest again") from error
-        lines[line["id"]] = line
-        end = max(end, line["offset"] + line["frames"])
-    if end > have:
-        raise CacheError(f"{data} ends at frame {have} but its index needs {end}: delete {folder} and ingest again")
-    if repair:
-        if len(complete) < len(text):
-            os.truncate(index, len(complete))
-        if data.exists() and data.stat().st_size > end * size**2:
-            os.truncate(data, end * size**2)
-    return lines, end
-
-
-def _is_line(line) -> bool:
-    if not isinstance(line, dict):
-        return False
-    texts, counts = (line.get("id"), line.get("source"), line.get("sha256")), (line.get("frames"), line.get("offset"))
-    return (
-        all(type(text) is str for text in texts)
-        and all(type(count) is int for count in (*counts, line.get("crc32", 0)))
-        and counts[0] >= 1
-        and counts[1] >= 0
-    )
-
-
-def unique(lines) -> tuple[list[dict], list[tuple[str, str]]]:
-    """One line for each content, the first by id; and the (id, id it equals) of the others."""
-    first, same = {}, []
-    for line in sorted(lines, key=lambda line: line["id"]):
-        kept = first.setdefault(line["sha256"], line)
-        if kept is not line:
-            same.append((line["id"], kept["id"]))
-    return list(first.values()), same

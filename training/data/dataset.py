@@ -1,35 +1,44 @@
 """The clips of a training: ingested, grouped, labelled and split."""
 
-from pathlib import Path
-
 import numpy as np
 
+from training import config as configs
 from training import distributed
-from training.data.groups import assign_groups, fingerprint, split_groups
+from training.data.groups import assign_groups, fingerprint, numbered, split_numbers
 from training.data.ingest import ingest
 from training.data.simulate import write_demo
 from training.messages import say
 from uscl_hub.errors import UserError
 
 SIMULATED = "simulated"  # the source's name
+SPLITS = ("meta", "val", "train")
 
 
 class Clips:
-    """The frame cache with every clip's group and label, and the clips of each split (arrays of cache indices)."""
+    """The frame cache with every clip's group and label, and the clips of each split (arrays of cache indices).
+
+    groups: int32 (clips,), places in group_names, sorted, or, where that is None, every clip for itself; labels: int32
+    (clips,), alike for the same label; splits: int8 (clips,), places in SPLITS.
+    """
 
     def __init__(self, cache, config):
         self.cache = cache
-        groups, csv, labels = config.data.group, config.data.groups_csv, config.data.label
-        self.groups = assign_groups(cache.ids, groups or None, csv or None, setting="data.group")
-        self.labels = np.array(assign_groups(cache.ids, labels, setting="data.label") if labels else cache.sources)
-        fractions = {"meta": config.data.meta_fraction, "val": config.data.val_fraction}
-        fractions["train"] = 1 - sum(fractions.values())
-        self.splits = np.array(split_groups(self.groups, fractions, config.seed, cache.sources))
-        self.train, self.meta, self.val = (np.flatnonzero(self.splits == s) for s in ("train", "meta", "val"))
+        pattern, csv, label = config.data.group, config.data.groups_csv, config.data.label
+        self.groups, self.group_names = np.arange(len(cache), dtype=np.int32), None
+        if pattern or csv:
+            groups = assign_groups(cache.each_id(), pattern or None, csv or None, setting="data.group")
+            self.groups, self.group_names = numbered(groups)
+        self.labels = cache.source_numbers
+        if label:
+            self.labels, _ = numbered(assign_groups(cache.each_id(), label, setting="data.label"))
+        held_out = config.data.meta_fraction, config.data.val_fraction
+        fractions = dict(zip(SPLITS, (*held_out, 1 - sum(held_out))))
+        self.splits = split_numbers(self.groups, fractions, config.seed, cache.source_numbers)
+        self.meta, self.val, self.train = (np.flatnonzero(self.splits == s) for s in range(len(SPLITS)))
         # what the manifest and the export call a source: a folder's name only where data.licences has it
         self.public = {
             source: source if source in config.data.licences else f"source {i}"
-            for i, source in enumerate(sorted(set(cache.sources)), start=1)
+            for i, source in enumerate(cache.source_names, start=1)
         }
         if SIMULATED in self.public and config.data.simulated:
             self.public[SIMULATED] = SIMULATED
@@ -37,19 +46,19 @@ class Clips:
             self.public = dict.fromkeys(self.public, "simulated")
 
     def manifest(self):
-        """What was trained on, without naming paths: one dict a clip."""
-        return [
-            {
+        """What was trained on, without naming paths: yields a dict a clip."""
+        prints = [fingerprint(name) for name in (self.cache.ids if self.group_names is None else self.group_names)]
+        public = [self.public[name] for name in self.cache.source_names]
+        numbers = (self.groups, self.cache.source_numbers, self.splits, self.cache.lengths)
+        for sha, *row in zip(self.cache.sha256, *(values.tolist() for values in numbers)):
+            group, source, split, frames = row
+            yield {
                 "sha256": sha,
-                "group": fingerprint(group),
-                "source": self.public[source],
-                "split": str(split),
-                "frames": int(frames),
+                "group": prints[group],
+                "source": public[source],
+                "split": SPLITS[split],
+                "frames": frames,
             }
-            for sha, group, source, split, frames in zip(
-                self.cache.sha256, self.groups, self.cache.sources, self.splits, self.cache.lengths
-            )
-        ]
 
 
 def _simulated(config, out):
@@ -64,9 +73,9 @@ def _simulated(config, out):
 
 
 def prepare(config, out):
-    """Ingest (rank 0) and split. A problem with the data ends the run with a message."""
+    """Ingest and split. A problem with the data ends the run with a message."""
     roots = config.data.roots
-    folder = Path(config.data.cache or out / "cache")
+    folders = configs.cache_folders(config, out)
     try:
         if not roots:
             if distributed.rank() == 0 and not (out / "demo").exists():
@@ -76,26 +85,23 @@ def prepare(config, out):
             roots = (str(out / "demo"),)
         if config.data.simulated:
             roots = (*roots, _simulated(config, out))
-        cache = None
-        if distributed.rank() == 0:
-            cache = ingest(
-                roots,
-                folder,
-                size=config.data.cache_size or round(1.25 * config.model.size),
-                crop=config.data.crop,
-                max_frames=config.data.max_frames,
-                stride=config.data.stride,
-                workers=config.data.workers or None,
-                min_clips=config.data.min_clips,
-                sheets=config.data.sheets,
-                frames=config.data.frames,
-            )
-        cache = distributed.broadcast(cache)
+        cache = ingest(
+            roots,
+            folders,
+            size=config.data.cache_size or round(1.25 * config.model.size),
+            crop=config.data.crop,
+            max_frames=config.data.max_frames,
+            stride=config.data.stride,
+            workers=config.data.workers or None,
+            min_clips=config.data.min_clips,
+            sheets=config.data.sheets,
+            frames=config.data.frames,
+        )
         clips = Clips(cache, config)
     except (UserError, ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"data: {error}") from error
     counts = ", ".join(f"{len(c)} {n}" for n, c in (("train", clips.train), ("meta", clips.meta), ("val", clips.val)))
-    say(f"{len(cache)} clips of {len(set(clips.groups))} groups: {counts}")
+    say(f"{len(cache)} clips of {clips.groups.max(initial=-1) + 1} groups: {counts}")
     if len(clips.train) < config.optim.batch:
         raise UserError(
             f"data: {len(clips.train)} training clips do not fill a batch of optim.batch = {config.optim.batch}"

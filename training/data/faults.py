@@ -94,7 +94,7 @@ def plant(cache, train, pairs: Pairs, seed):
     """
     if not pairs.corrupt:
         return None
-    sources = np.array(cache.sources)[train]
+    sources = cache.source_numbers[train]
     kinds = [kind for kind in KINDS if kind != "cut" or len(set(sources)) > 1]
     order = np.random.default_rng((seed, STREAM)).permutation(len(train))[: round(pairs.corrupt * len(train))]
     faulty = {int(train[i]): kinds[n % len(kinds)] for n, i in enumerate(order)}

@@ -3,9 +3,8 @@
 import hashlib
 import re
 import unicodedata
-from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Sequence
+from typing import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from uscl_hub.labels.rows import read_rows
 
 
 def assign_groups(
-    ids: Sequence[str], pattern: str | None = None, csv: Path | str | None = None, setting: str = "group pattern"
+    ids: Iterable[str], pattern: str | None = None, csv: Path | str | None = None, setting: str = "group pattern"
 ) -> list[str]:
     """The group (patient) of every clip id.
 
@@ -33,7 +32,7 @@ def assign_groups(
     return list(ids)
 
 
-def _by_pattern(ids: Sequence[str], pattern: str, setting: str) -> list[str]:
+def _by_pattern(ids: Iterable[str], pattern: str, setting: str) -> list[str]:
     try:
         regex = re.compile(unicodedata.normalize("NFC", pattern))  # as the ids are
     except re.error as error:
@@ -41,13 +40,10 @@ def _by_pattern(ids: Sequence[str], pattern: str, setting: str) -> list[str]:
     if "group" not in regex.groupindex and regex.groups != 1:
         raise ValueError(f"{setting} {pattern!r} has {regex.groups} groups; it needs one, or one named 'group'")
     key = "group" if "group" in regex.groupindex else 1
-    matches = [regex.search(clip) for clip in ids]
-    groups = [match[key] if match else None for match in matches]
-    _refuse_missing(ids, groups, f"{setting} {pattern!r}")
-    return groups
+    return _of_each(ids, lambda clip: match[key] if (match := regex.search(clip)) else None, f"{setting} {pattern!r}")
 
 
-def _by_csv(ids: Sequence[str], path: Path) -> list[str]:
+def _by_csv(ids: Iterable[str], path: Path) -> list[str]:
     rows = read_rows(path)
     if missing := {"path", "group"} - set(rows[0]):
         raise ValueError(f"{path}: no column {' or '.join(sorted(missing))}; its header needs path and group")
@@ -59,9 +55,7 @@ def _by_csv(ids: Sequence[str], path: Path) -> list[str]:
             raise ValueError(f"{path}, row {number}: path or group is empty")
         if groups.setdefault(key, group) != group:
             raise ValueError(f"{path}, row {number}: {key} is in two groups, {groups[key]} and {group}")
-    found = [_lookup(clip, groups) for clip in ids]
-    _refuse_missing(ids, found, str(path))
-    return found
+    return _of_each(ids, lambda clip: _lookup(clip, groups), str(path))
 
 
 def _lookup(clip: str, groups: dict[str, str]) -> str | None:
@@ -76,11 +70,19 @@ def _lookup(clip: str, groups: dict[str, str]) -> str | None:
     return None
 
 
-def _refuse_missing(ids: Sequence[str], groups: Sequence[str | None], where: str):
-    without = [clip for clip, group in zip(ids, groups) if not group]
+def _of_each(ids: Iterable[str], find: Callable[[str], str | None], where: str) -> list[str]:
+    """find(id) of every id. Raises ValueError, naming some, if `where` finds nothing for them."""
+    met: dict[str, str] = {}  # many clips of a group share its text
+    groups, without = [], []
+    for clip in ids:
+        if group := find(clip):
+            groups.append(met.setdefault(group, group))
+        else:
+            without.append(clip)
     if without:
         some = ", ".join(without[:5]) + (", ..." if len(without) > 5 else "")
-        raise ValueError(f"{where} finds nothing for {len(without)} of {len(ids)} clips: {some}")
+        raise ValueError(f"{where} finds nothing for {len(without)} of {len(groups) + len(without)} clips: {some}")
+    return groups
 
 
 def split_groups(
@@ -94,38 +96,73 @@ def split_groups(
     groups, fractions, seed and strata always give the same splits, whatever the order of the clips.
     Raises ValueError if a split would be empty.
     """
-    if not fractions or any(not fraction > 0 for fraction in fractions.values()):
-        raise ValueError(f"every split needs a fraction above 0, got {fractions}")
     strata = ["all"] * len(groups) if strata is None else list(strata)
     if len(strata) != len(groups):
         raise ValueError(f"{len(strata)} strata for {len(groups)} clips")
     names = list(fractions)
-    counts = defaultdict(Counter)
-    for group, stratum in zip(groups, strata):
-        counts[group][stratum] += 1
-    if len(counts) < len(names):
+    return [names[i] for i in split_numbers(numbered(groups)[0], fractions, seed, numbered(strata)[0]).tolist()]
+
+
+def numbered(texts: Iterable[str]) -> tuple[np.ndarray, list[str]]:
+    """int32 (n,): each text's place among the different ones, sorted; and these.
+
+    >>> numbered(["b", "a", "b"])
+    (array([1, 0, 1], dtype=int32), ['a', 'b'])
+    """
+    met: dict[str, int] = {}
+    numbers = np.fromiter((met.setdefault(text, len(met)) for text in texts), np.int32)
+    names = sorted(met)
+    rank = np.empty(len(names), np.int32)
+    rank[np.fromiter((met[name] for name in names), np.int32, len(names))] = np.arange(len(names))
+    return rank[numbers], names
+
+
+def split_numbers(groups: np.ndarray, fractions: dict[str, float], seed: int, strata: np.ndarray) -> np.ndarray:
+    """`split_groups` of what is `numbered`: int8 (clips,), each clip's split by its place in `fractions`."""
+    if not fractions or any(not fraction > 0 for fraction in fractions.values()):
+        raise ValueError(f"every split needs a fraction above 0, got {fractions}")
+    names = list(fractions)
+    shape = int(groups.max(initial=-1)) + 1, int(strata.max(initial=0)) + 1
+    if shape[0] < len(names):
         raise ValueError(
-            f"{len(counts)} groups cannot fill the {len(names)} splits {', '.join(names)}: every split "
+            f"{shape[0]} groups cannot fill the {len(names)} splits {', '.join(names)}: every split "
             "needs at least one group of its own"
         )
-    kinds = sorted(set(strata))
-    order = sorted(counts)
-    table = np.array([[counts[group][kind] for kind in kinds] for group in order], dtype=float)
+    table = (
+        np.bincount(groups.astype(np.int64) * shape[1] + strata, minlength=shape[0] * shape[1])
+        .reshape(shape)
+        .astype(float)
+    )
     share = np.array([fractions[name] for name in names], dtype=float)
-    share /= share.sum()
-    missing = share[:, None] * table.sum(0)  # clips of each stratum that a split still wants
-    weight = table / table.sum(0)
-    shuffled = np.random.default_rng(seed).permutation(len(order))
+    shuffled = np.random.default_rng(seed).permutation(shape[0])
     shuffled = shuffled[np.argsort(-table[shuffled].sum(1), kind="stable")]
-    empty, home = set(range(len(names))), {}
-    for left, i in zip(range(len(order), 0, -1), shuffled):
-        # a group goes where most clips of its strata are still missing
-        need = (missing @ weight[i]).tolist()
-        choice = max(empty if left <= len(empty) else range(len(names)), key=lambda s: (need[s], share[s], -s))
-        missing[choice] -= table[i]
+    return _homes(table, share / share.sum(), shuffled)[groups]
+
+
+def _homes(table: np.ndarray, share: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Each group's split: in `order`, a group goes where most clips of its strata are still missing.
+
+    table: clips of every group and stratum; share: of the splits.
+    """
+    missing = (share[:, None] * table.sum(0)).tolist()
+    weight = table / table.sum(0)
+    sole = np.where((table > 0).sum(1) == 1, table.argmax(1), -1).tolist()  # most groups are of one stratum
+    shares = share.tolist()
+    everywhere, empty, home = range(len(shares)), set(range(len(shares))), np.empty(len(table), np.int8)
+    for left, i in zip(range(len(order), 0, -1), order.tolist()):
+        if (k := sole[i]) >= 0:
+            clips, w = table.item(i, k), weight.item(i, k)
+            need = [row[k] * w for row in missing]
+        else:
+            need = (np.array(missing) @ weight[i]).tolist()
+        choice = max(empty if left <= len(empty) else everywhere, key=lambda s: (need[s], shares[s], -s))
+        if k >= 0:
+            missing[choice][k] -= clips
+        else:
+            missing[choice] = [m - t for m, t in zip(missing[choice], table[i].tolist())]
         empty.discard(choice)
-        home[order[i]] = names[choice]
-    return [home[group] for group in groups]
+        home[i] = choice
+    return home
 
 
 def fingerprint(name: str) -> str:

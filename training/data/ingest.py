@@ -1,76 +1,33 @@
-"""Decode clips into a frame cache: only what is new or changed, by several processes, safe against interruptions.
+"""Ingest: decode into a frame cache what is new or changed, by one process or by all ranks of a process group.
 
-A single writer appends; whatever an interruption leaves behind the last complete line is cut off at the next start.
+The first rank finds what is to be done and deals it out; each rank appends its share to a shard of its own (`shard`);
+the first one joins them in the index. What an interruption leaves undone is done at the next start, nothing twice.
 """
 
-import hashlib
-import json
-import os
 import sys
-import time
-import warnings
-import zlib
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from training import distributed
+from training.data import index
 from training.data import workers as processes
-from training.data.cache import CacheError, FrameCache, read_damage, read_index, unique
-from uscl_hub.clips import Clip, Report, UnreadableClip, content_hash, find_clips
-from uscl_hub.clips.pictures import before_after_sheet
-from uscl_hub.clips.read import read_clip
-from uscl_hub.files import InUse, locked, write_json, write_whole
+from training.data.cache import FrameCache, read_damage
+from training.data.index import CacheError, drop_damaged, join, read_log, unique
+from training.data.shard import FrameSettings, Work, do_share, stamp, writing
+from uscl_hub.clips import Clip, Report, find_clips
+from uscl_hub.files import write_json
 
-VERSION = 2  # of everything that decides the frames' values: decoding, cropping, resizing
-FLUSH_SECONDS = 2.0
 CHECK_BYTES = 2 << 30  # of kept frames: so many are compared with their checksums at the start, a second's work
-RECENT_SECONDS = 2.0  # a file changed so shortly before may change again without another time stamp
-
-PATIENCE = 60.0  # seconds that an ingest waits for another one into the same cache: trainings may start together
-
-
-@dataclass(frozen=True)
-class FrameSettings:
-    """What decides the cached frames; its hash names the folder."""
-
-    size: int
-    crop: str
-    max_frames: int | None
-    stride: int
-    version: int = VERSION
-
-    def __post_init__(self):
-        if self.crop not in ("crop", "blank", "none"):
-            raise ValueError(f"crop {self.crop!r} is not 'crop', 'blank' or 'none'")
-        if min(self.size, self.stride, self.max_frames or 1) < 1 or self.max_frames == 0:
-            raise ValueError(
-                f"size, stride and max_frames must be at least 1, got {self.size}, {self.stride} and {self.max_frames}"
-            )
-
-    @property
-    def key(self) -> str:
-        text = json.dumps(asdict(self), sort_keys=True)
-        return f"{self.size}px-{self.crop}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-@dataclass(frozen=True)
-class Work:
-    """Where the frames go, what they are like, and how the work is done: see `ingest`."""
-
-    folder: Path
-    settings: FrameSettings
-    workers: int | None
-    progress: bool
-    sheets: bool
 
 
 def ingest(
     roots,
-    out: Path | str,
+    out: Path | str | list[Path | str],
     *,
     size: int,
     crop: str = "crop",
@@ -85,22 +42,23 @@ def ingest(
     """Decode everything below `roots` into a frame cache below `out`; only what is new or changed is decoded.
 
     What earlier trainings wrote below `roots` (their figures and caches) is left out. Called from a script, it needs
-    the usual `if __name__ == '__main__':` guard.
+    the usual `if __name__ == '__main__':` guard. Called by all ranks of a process group, each decodes its share.
 
     Args:
         roots: folders or files, see `uscl_hub.clips.find_clips`.
+        out: a folder, or several, on several disks: rank r of R writes to number r mod their number, and all are read.
         size: pixels of the square frames.
         crop: 'crop', 'blank' or 'none', see `uscl_hub.clips.crop`.
         max_frames, stride: of each clip, every stride-th frame and at most so many.
-        workers: processes, default one a core; 0 decodes in this process.
-        progress: show a bar and a summary.
+        workers: processes a rank, default one a core, shared with the machine's other ranks; 0 decodes in this process.
+        progress: show a bar (of the first rank's share) and a summary.
         min_clips: fewer readable clips than this are an error.
         sheets: write before/after pictures of the crop, sheets/*.png, for the newly decoded clips.
         frames: what numbered images of one folder are, see `uscl_hub.clips.find_clips`.
 
     Returns:
-        The cache of the clips found below `roots` now, the first of those with identical content. Unreadable clips are
-        listed in report.json and skipped.
+        The cache of the clips found below `roots` now, the first of those with identical content, on every rank alike.
+        Unreadable clips are listed in report.json and skipped.
 
     Raises:
         CacheError: fewer than `min_clips` clips remain, another process is writing to the same cache, it is damaged, or
@@ -110,61 +68,78 @@ def ingest(
     if processes.imported_by_a_worker():  # a script without a guard: its parent says what is wrong, once
         raise SystemExit(1)
     settings = FrameSettings(size, crop, max_frames, stride)
-    work = Work(Path(out) / settings.key, settings, workers, progress, sheets)
+    folders = [Path(folder) / settings.key for folder in ([out] if isinstance(out, (str, Path)) else out)]
+    work = Work(folders, settings, workers, progress and distributed.rank() == 0, sheets)
+    if distributed.rank() != 0:
+        do_share(distributed.scatter(None), work)
+        return distributed.broadcast(None)
     passed = Report()
     clips, ours = without_results(find_clips(roots, frames, passed), roots)
-    records, report = update(clips, work, {"own_results_left_out": ours} | passed.as_dict())
+    cache, report = update(clips, work, {"own_results_left_out": ours} | passed.as_dict())
     if progress:
-        print_summary(report, work.folder, passed)
-    if len(records) < min_clips:
-        raise too_few(report, min_clips, roots, work.folder)
-    return FrameCache(work.folder, size, records)
+        print_summary(report, folders[0], passed)
+    if len(cache) < min_clips:
+        raise too_few(report, min_clips, roots, folders[0])
+    return distributed.broadcast(cache)
 
 
-def update(clips: list[Clip], work: Work, about: dict) -> tuple[list[dict], dict]:
-    """Decode what is new or changed, and write report.json. Returns the index lines of `clips`, those with identical
-    content once, and the report, which begins with `about`."""
-    folder, size = work.folder, work.settings.size
+def update(clips: list[Clip], work: Work, about: dict) -> tuple[FrameCache, dict]:
+    """The first rank's part: see what is new or changed, have it decoded, write report.json and the index. Returns the
+    cache of `clips`, those with identical content once, and the report, which begins with `about`."""
+    folder = work.folders[0]
     with writing(folder) as writable:
-        if writable:
-            write_json(folder / "settings.json", asdict(work.settings))
-        lines, end = read_index(folder, size, repair=writable)
-        redo = read_damage(folder)
-        drop_damaged(lines, redo)
+        lines, runs, redo = read_shards(work, damage=True)
         failed, todo = missing(clips, lines)
         if todo and not writable:
             raise CacheError(
                 f"{folder}: is read-only and lacks {len(todo)} of {len(clips)} clips, such as {todo[0][0].id}; "
                 "name another cache folder"
             )
-        check_kept(FrameCache(folder, size, [lines[c.id] for c in clips if c.id in lines and c.id not in failed]))
-        if todo:
-            failed |= append(todo, lines, end, work)
+        if writable:
+            for place in work.folders:
+                if place == folder or not (place / "settings.json").exists():
+                    write_json(place / "settings.json", asdict(work.settings))
+        check_kept([lines[clip.id] for clip in clips if clip.id in lines and clip.id not in failed], work)
+        failed |= do_share(distributed.scatter(deal(todo, runs + 1)), work)
+        if todo or redo:
+            lines, *_ = read_shards(work)
         if redo and writable:
-            (folder / "damaged.txt").unlink(missing_ok=True)
-        records, same = unique(lines[clip.id] for clip in clips if clip.id in lines and clip.id not in failed)
+            for number, name in index.shard_folders(work.folders):
+                (work.folders[number] / name / "damaged.txt").unlink(missing_ok=True)
+        cache, records, same = select(clips, lines, failed, work, writable)
         report = describe(records, same, failed, len(clips)) | about
         if writable:
             write_json(folder / "report.json", report)
-    return records, report
+    return cache, report
 
 
-@contextmanager
-def writing(folder: Path):
-    """Hold the cache folder as its one writer. Yields whether it can be written to: a read-only one can be read."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError as error:
-        raise CacheError(f"{folder}: cannot be made ({error.strerror}); name another cache folder") from None
-    if not writable:
-        yield False
-        return
-    try:
-        with locked(folder, PATIENCE):
-            yield True
-    except InUse as error:
-        raise CacheError(str(error)) from None
+def read_shards(work: Work, damage: bool = False) -> tuple[dict[str, dict], int, bool]:
+    """The latest line of every clip id in all shards, with its shard; the number of the last ingest; and whether any
+    clip was found damaged. damage: leave those out."""
+    logs, runs, found = [], 0, False
+    for log in index.find_logs(work.folders):
+        shard = work.folders[log.folder] / log.name
+        lines, _ = read_log(shard, work.settings.size)
+        runs = max(runs, max((line.get("run", 0) for line in lines.values()), default=0))
+        if names := read_damage(shard):
+            found = True
+            if damage:
+                drop_damaged(lines, names)
+        logs.append(lines)
+    return join(logs), runs, found
+
+
+def select(clips: list[Clip], lines: dict[str, dict], failed: dict[str, str], work: Work, writable: bool):
+    """The cache of the clips that have lines, these lines, and the copies among them (id, id it equals). The columns of
+    all lines are saved."""
+    logs = index.find_logs(work.folders)
+    records, same = unique(lines[clip.id] for clip in clips if clip.id in lines and clip.id not in failed)
+    table = index.columns(list(lines.values()))
+    if writable:
+        table = index.save(work.folders, logs, table)
+    names = pa.array([record["id"] for record in records], table.schema.field("id").type)
+    rows = pc.index_in(names, index.column(table, "id")).to_numpy()
+    return FrameCache(work.folders, work.settings.size, table, logs, rows), records, same
 
 
 # ------------------------------------------------------------------------------------------- what is to be done
@@ -188,12 +163,6 @@ def without_results(clips: list[Clip], roots) -> tuple[list[Clip], int]:
     return kept, len(clips) - len(kept)
 
 
-def stamp(clip: Clip) -> list[int]:
-    """Number of files, bytes and latest change: enough to see that a clip need not be hashed again."""
-    stats = [path.stat() for path in clip.files]
-    return [len(stats), sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)]
-
-
 def missing(clips: list[Clip], lines: dict[str, dict]) -> tuple[dict[str, str], list[tuple[Clip, list[int]]]]:
     """The reasons of clips that are gone, and the (clip, stamp) of those without a line or changed since."""
     failed, todo = {}, []
@@ -208,147 +177,21 @@ def missing(clips: list[Clip], lines: dict[str, dict]) -> tuple[dict[str, str], 
     return failed, todo
 
 
-def drop_damaged(lines: dict[str, dict], ids: set[str]) -> None:
-    """Forget the lines of damaged clips, and those of copies, which share the frames."""
-    contents = {lines[name]["sha256"] for name in ids if name in lines}
-    for name in [name for name, line in lines.items() if line["sha256"] in contents]:
-        del lines[name]
-
-
-def check_kept(cache: FrameCache) -> None:
+def check_kept(records: list[dict], work: Work) -> None:
     """Compare kept clips with their checksums, the first CHECK_BYTES of them; others when they are first read."""
-    used = np.cumsum(cache.lengths) * cache.size**2
-    cache.check(np.flatnonzero(used <= CHECK_BYTES))
+    size = work.settings.size
+    records = sorted(records, key=lambda record: record["id"])
+    used = np.cumsum([record["frames"] for record in records]) * size**2
+    table = index.columns(records[: int((used <= CHECK_BYTES).sum())])
+    FrameCache(work.folders, size, table, index.find_logs(work.folders)).check(np.arange(len(table)))
 
 
-# ------------------------------------------------------------------------------------------------- doing it
-
-
-def append(todo, lines: dict[str, dict], end: int, work: Work) -> dict[str, str]:
-    """Decode (clip, stamp)s and append them; updates `lines`; returns the reason of every clip that failed."""
-    failed, tiles = {}, []
-    by_content = {line["sha256"]: line for line in lines.values()}
-    count = min((os.cpu_count() or 1) if work.workers is None else work.workers, len(todo))
-    task = partial(prepare, settings=work.settings, known=frozenset(by_content), sheets=work.sheets)
-    results = processes.ordered(task, [clip for clip, _ in todo], count, "uscl_hub.clips.read")
-    writer = Writer(work.folder, end)
-    try:
-        bar = tqdm(results, "ingest", len(todo), unit="clip", disable=not work.progress)
-        for (clip, then), result in zip(todo, bar):
-            if isinstance(result, str):
-                failed[clip.id] = result
-                continue
-            about, frames, tile = result
-            line = by_content.get(about["sha256"])
-            if line is None:
-                about["offset"] = writer.frames(frames)
-                line = about
-            line = dict(line, id=clip.id, source=clip.source, stamp=then)
-            by_content.setdefault(line["sha256"], line)
-            lines[clip.id] = line
-            writer.line(line)
-            if tile is not None:
-                tiles.append((clip.id, *tile))
-    finally:
-        results.close()  # first: it ends the workers at once
-        writer.close()
-    for i in range(0, len(tiles), 40):
-        path = work.folder / "sheets" / f"{i // 40:03d}.png"
-        write_whole(path, partial(before_after_sheet, tiles[i : i + 40]))
-    return failed
-
-
-def prepare(clip: Clip, settings: FrameSettings, known: frozenset, sheets: bool):
-    """One clip: its index line (without the offset), its frames uint8 (T, size, size) unless the content is already
-    known, and, if wanted, its tile for the sheet. A str is the reason why it cannot be read."""
-    try:
-        for _ in range(2):  # a file that changes while it is read gets a second try
-            before, sha256, hashed = stamp(clip), content_hash(clip), time.time()
-            if sha256 in known:
-                return {"sha256": sha256}, None, None
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the decoders, and without the file's name
-                read = read_clip(
-                    clip, settings.size, crop=settings.crop, stride=settings.stride, max_frames=settings.max_frames
-                )
-            recent = abs(hashed - before[2] / 1e9) < RECENT_SECONDS
-            if (stamp(clip) == before and not recent) or content_hash(clip) == sha256:
-                line = index_line(read, sha256)
-                if len(clip.files) > 1:  # a test may hold single ones of them
-                    line["files"] = [content_hash(replace(clip, files=(path,))) for path in clip.files]
-                return line, read.images, (read.before, read.region, read.after) if sheets else None
-        return "the file changes while it is read"
-    except UnreadableClip as error:
-        return error.reason
-    except OSError as error:
-        return f"{type(error).__name__}: {error.strerror or error}"
-
-
-def index_line(read, sha256: str) -> dict:
-    return {
-        "sha256": sha256,
-        "frames": len(read.images),
-        "crc32": zlib.crc32(np.ascontiguousarray(read.images)),
-        "fps": read.fps,
-        "region": list(read.region.box),
-        "masked": read.region.mask is not None,
-        "height": read.before.shape[0],
-        "width": read.before.shape[1],
-        "text": read.text,
-        "notes": list(read.notes),
-    }
-
-
-class Writer:
-    """Appends to frames.u8 and, once those bytes are on disk, to index.jsonl."""
-
-    def __init__(self, folder: Path, end: int):
-        self.folder, self.end, self.pending, self.last = folder, end, [], time.monotonic()
-        self.data = open(folder / "frames.u8", "ab", buffering=0)
-        self.index = open(folder / "index.jsonl", "ab", buffering=0)
-
-    def frames(self, frames: np.ndarray) -> int:
-        offset = self.end
-        view = memoryview(np.ascontiguousarray(frames)).cast("B")
-        with self.disk("frames.u8"):
-            while view:
-                view = view[self.data.write(view) :]
-        self.end += len(frames)
-        return offset
-
-    def line(self, line: dict):
-        self.pending.append(json.dumps(line, ensure_ascii=True) + "\n")
-        if time.monotonic() - self.last > FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self):
-        with self.disk("index.jsonl"):
-            os.fsync(self.data.fileno())
-            view = memoryview("".join(self.pending).encode())
-            self.pending = []
-            while view:
-                view = view[self.index.write(view) :]
-            os.fsync(self.index.fileno())
-        self.last = time.monotonic()
-
-    def close(self):
-        try:
-            self.flush()
-        finally:
-            self.data.close()
-            self.index.close()
-
-    @contextmanager
-    def disk(self, name):
-        try:
-            yield
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"cannot write the frame cache ({error.strerror}); the clips written so far "
-                "are kept: free some space and run it again",
-                str(self.folder / name),
-            ) from error
+def deal(todo: list[tuple], run: int) -> list[tuple[int, list[tuple]]]:
+    """The ingest's number and the share of `todo` for every rank, large and small clips in each alike."""
+    ranks = distributed.world()
+    if ranks > 1:
+        todo = sorted(todo, key=lambda clip_and_stamp: -clip_and_stamp[1][1])
+    return [(run, todo[rank::ranks]) for rank in range(ranks)]
 
 
 # ---------------------------------------------------------------------------------------------- what was done

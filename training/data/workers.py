@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 
+from training import distributed
 from uscl_hub.clips import memory
 from uscl_hub.clips.clip import MAX_SECONDS
 from uscl_hub.errors import UserError
@@ -96,7 +97,8 @@ class Pool:
         if method == "forkserver":
             context.set_forkserver_preload([preload])
         self._until, self._stop = context.Pipe(duplex=False)
-        self._executor = ProcessPoolExecutor(count, context, start_worker, (self._until, count))
+        sharing = count * distributed.local_world()
+        self._executor = ProcessPoolExecutor(count, context, start_worker, (self._until, sharing))
         try:
             self._executor.submit(os.getpid).result()
         except BrokenProcessPool:

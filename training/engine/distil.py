@@ -50,10 +50,9 @@ class Distillation:
         teachers = Teachers([(s.model, s.mean, s.std) for s in found])
         self.teachers = teachers.to(device, memory_format=torch.channels_last)
         clips.cache.check(np.concatenate([clips.train, clips.val]))
-        frames = clips.cache.frames
-        self.frames = (
-            torch.tensor(frames, device=device) if device.type == "cuda" and frames.nbytes < ON_DEVICE else None
-        )
+        self.frames = None
+        if device.type == "cuda" and len(clips.cache.shards) == 1 and clips.cache.frames.nbytes < ON_DEVICE:
+            self.frames = torch.tensor(clips.cache.frames, device=device)
         self.tiles = self._tiles()
         self.rows, self.shares = self._rows(clips.train)
         self.val_rows, self.val_shares = self._rows(clips.val)
@@ -165,7 +164,7 @@ class Distillation:
         distil = self.config.distil
         parameters = torch.from_numpy(crops.draw(count, rng, distil.scale, distil.mixup)).to(self.device)
         if self.frames is None:
-            frames = torch.from_numpy(self.clips.cache.frames[chosen]).to(self.device)
+            frames = torch.from_numpy(self.clips.cache.at(chosen)).to(self.device)
         else:
             frames = self.frames[torch.from_numpy(chosen).to(self.device)]
         if self.tiles is not None and rows is self.rows:
@@ -187,9 +186,9 @@ class Distillation:
     def _rows(self, chosen):
         """The cache's rows of each source's clips, and each source's share of the crops (data.balance)."""
         cache, rows = self.clips.cache, []
-        names = np.array(cache.sources)
-        for source in sorted(set(names[chosen])):
-            of_source = [i for i in chosen if names[i] == source]
+        numbers = cache.source_numbers[chosen]
+        for source in np.unique(numbers):
+            of_source = chosen[numbers == source]
             rows.append(np.concatenate([cache.offsets[i] + np.arange(cache.lengths[i]) for i in of_source]))
         shares = np.array([len(r) for r in rows], float) ** (1 - self.config.data.balance)
         return rows, shares / shares.sum()

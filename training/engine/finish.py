@@ -54,7 +54,7 @@ def plot(state, config, clips, log, folder, device):
 
 def write_manifest(clips, path):
     """One line a clip, without names or paths. Returns the rows and the sha256 of the file."""
-    manifest = clips.manifest()
+    manifest = list(clips.manifest())
     text = json.dumps(manifest, indent=0)
     write_text(path, text)
     return manifest, hashlib.sha256(text.encode()).hexdigest()
@@ -63,18 +63,18 @@ def write_manifest(clips, path):
 def describe(state, config, clips, checks, manifest):
     """The export's `Provenance`."""
     rows, digest = manifest
-    sources = np.array(clips.cache.sources)
+    cache, numbers = clips.cache, clips.cache.source_numbers
     return Provenance(
         method=config.method,
         steps=state.step,
         sources=[
             DataSource(
                 name=public,
-                clips=int((sources == name).sum()),
-                frames=int(clips.cache.lengths[sources == name].sum()),
+                clips=int((numbers == number).sum()),
+                frames=int(cache.lengths[numbers == number].sum()),
                 licence=licence_of(name, config),
             )
-            for name, public in clips.public.items()
+            for number, (name, public) in enumerate(clips.public.items())
         ],
         manifest_sha256=digest,
         metrics={k: checks[k] for k in ("val_loss", "knn", "effective_rank")},
@@ -83,7 +83,7 @@ def describe(state, config, clips, checks, manifest):
         config={key: without_folders(value) for key, value in state.fixed.items()},
         parents=state.parents,
         groups=sorted({row["group"] for row in rows}),
-        **contents(clips.cache),
+        **contents(cache),
     )
 
 

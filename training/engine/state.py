@@ -8,6 +8,7 @@ import zipfile
 
 import torch
 
+from training import distributed
 from training.config import Config
 from training.messages import one_line, say
 from uscl_hub import files
@@ -33,10 +34,17 @@ class State:
 
 def fixed(config, clips):
     """The settings that a resumed run must share with the run that it continues, and a hash of clips and splits."""
-    cached = [clips.cache.path.name, clips.manifest()]
-    return _settings(config) | {
-        "data (clips, splits, frames)": hashlib.sha256(json.dumps(cached).encode()).hexdigest()[:16]
-    }
+    digest = _data_digest(clips) if distributed.rank() == 0 else None
+    return _settings(config) | {"data (clips, splits, frames)": distributed.broadcast(digest)}
+
+
+def _data_digest(clips):
+    """Of json.dumps([name of the cache's settings, manifest]), a line at a time."""
+    digest = hashlib.sha256(f"[{json.dumps(clips.cache.path.name)}, [".encode())
+    for i, line in enumerate(clips.manifest()):
+        digest.update((", " * (i > 0) + json.dumps(line)).encode())
+    digest.update(b"]]")
+    return digest.hexdigest()[:16]
 
 
 def _settings(config):

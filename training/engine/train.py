@@ -146,7 +146,7 @@ def loader(config: Config, clips: Clips):
     pairs, one_frame = training_pairs(config), replace(config.pairs, frames=1)
     meta_batch = config.meta.batch or config.optim.batch
     part, meta_part = distributed.share(config.optim.batch), distributed.share(meta_batch)
-    sources_of_train = np.array(clips.cache.sources)[clips.train]
+    sources_of_train = clips.cache.source_numbers[clips.train]
     wrong = faults.plant(clips.cache, clips.train, config.pairs, config.seed)
     plain = round(config.meta.warmup * plan(config, clips).total)
 

@@ -222,8 +222,7 @@ def _pretraining(folder: Path, wanted: set[str]) -> dict[str, np.ndarray]:
     """A few frames of clips by SHA-256, from the frame cache of the training that wrote `folder`; {} if it is gone."""
     run = folder.parent
     try:
-        where = configs.load(configs.Config, run / "config.yaml").data.cache or run / "cache"
-        cache = FrameCache.open(where)
+        cache = FrameCache.open(configs.cache_folders(configs.load(configs.Config, run / "config.yaml"), run))
         found = [i for i, sha in enumerate(cache.sha256) if sha in wanted]
         return {cache.sha256[i]: cache.clip(i)[positions(int(cache.lengths[i]))] for i in found}
     except (CacheError, UserError, OSError):

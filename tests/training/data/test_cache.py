@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.data import workers
+from training.data import index, workers
 from training.data.cache import CacheError, FrameCache
 from training.data.ingest import ingest
 from training.data.simulate import simulate_clip, write_demo, write_video
@@ -148,10 +148,11 @@ def script(tmp_path, demo, out, body=""):
         textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(REPO)!r})
-        from training.data import ingest as module
+        from training.data import shard as module
+        from training.data.ingest import ingest
         {body}
         if __name__ == '__main__':
-            print(len(module.ingest([{str(demo)!r}], {str(out)!r}, size=32, workers=2, progress=False)))
+            print(len(ingest([{str(demo)!r}], {str(out)!r}, size=32, workers=2, progress=False)))
     """)
     )
     return [sys.executable, str(path)]
@@ -284,13 +285,14 @@ def test_a_signal_ends_the_ingest_at_once_and_keeps_what_is_done(demo, tmp_path,
         textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(REPO)!r})
-        from training.data import ingest as module
+        from training.data import shard as module
+        from training.data.ingest import ingest
         from training.messages import command
         {hang}
         module.FLUSH_SECONDS = 0.0
         if __name__ == '__main__':
             settings = dict(size=32, workers=2, progress=False)
-            command(lambda: module.ingest([{str(demo)!r}], {str(tmp_path / "out")!r}, **settings))
+            command(lambda: ingest([{str(demo)!r}], {str(tmp_path / "out")!r}, **settings))
     """)
     )
     process = subprocess.Popen([sys.executable, str(path)], stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -318,7 +320,7 @@ def test_a_signal_ends_the_ingest_at_once_and_keeps_what_is_done(demo, tmp_path,
 
 @pytest.mark.parametrize("flush", [0, 3600])  # seconds: a line at once, or all at the end
 def test_disk_full_keeps_what_is_complete(demo, tmp_path, monkeypatch, flush):
-    import training.data.ingest as module
+    import training.data.shard as module
 
     real = module.Writer.frames
     monkeypatch.setattr(module, "FLUSH_SECONDS", flush)
@@ -364,7 +366,7 @@ def test_a_hundred_thousand_clips_stay_small(tmp_path):
         for i in range(100_000)
     ]
     start = time.perf_counter()
-    cache = FrameCache(tmp_path, 64, records)
+    cache = FrameCache([tmp_path], 64, index.columns(records))
     blob = pickle.dumps(cache)
     assert len(cache) == 100_000 and cache.offsets[-1] == 40 * 99_999
     assert time.perf_counter() - start < 30 and len(blob) < 20e6
@@ -467,7 +469,7 @@ def test_an_index_that_makes_no_sense_is_refused(demo, tmp_path, change):
 @pytest.mark.parametrize("times", [1, 99])
 def test_a_file_that_changes_between_hash_and_decode(tmp_path, monkeypatch, times):
     """Changed once it is read again; changed each time it is named. Frames never go with another content's hash."""
-    import training.data.ingest as module
+    import training.data.shard as module
 
     path, changes, read = tmp_path / "data" / "a.mp4", [], module.read_clip
     write_video(path, simulate_clip("lung", 3, 48, seed=1))

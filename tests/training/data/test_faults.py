@@ -18,8 +18,7 @@ KEY = (3, batches.TRAIN, 5)
 
 
 def cache(n=20, sources=2):
-    made = cache_in_memory([6] * n, px=6)
-    made.sources = [f"s{i % sources}" for i in range(n)]
+    made = cache_in_memory([6] * n, px=6, sources=sources)
     return made
 
 

@@ -201,11 +201,11 @@ def test_pairs_are_near_in_time(demo):
 
     (folder,) = (demo / "cache").glob("40px-*")
     cache = FrameCache.open(folder)
-    cache.fps[:] = 2.0
+    cache.fps = np.full(len(cache), 2.0)
     rng = np.random.default_rng(0)
     near = batches.choose(cache, np.arange(8), Pairs(max_seconds=1.0), rng)[0]
     far = batches.choose(cache, np.arange(8), Pairs(), rng)[0]
     assert (near.max(1) - near.min(1)).max() <= 2 < (far.max(1) - far.min(1)).max()
-    cache.fps[:] = np.nan
+    cache.fps = np.full(len(cache), np.nan)
     unknown = batches.choose(cache, np.arange(8), Pairs(max_seconds=1.0), rng)[0]
     assert (unknown.max(1) - unknown.min(1)).max() > 2

@@ -1,0 +1,243 @@
+"""Decode clips and append them to one shard of a frame cache: by one writer, in several processes.
+
+A clip's frames are on the disk before its line is. Whatever an interruption leaves behind the last whole line is cut
+off at the next start.
+"""
+
+import hashlib
+import json
+import os
+import time
+import warnings
+import zlib
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from training import distributed
+from training.data import workers as processes
+from training.data.cache import read_damage
+from training.data.index import CacheError, drop_damaged, read_log
+from uscl_hub.clips import Clip, UnreadableClip, content_hash
+from uscl_hub.clips.pictures import before_after_sheet
+from uscl_hub.clips.read import read_clip
+from uscl_hub.files import InUse, locked, write_whole
+
+VERSION = 2  # of everything that decides the frames' values: decoding, cropping, resizing
+FLUSH_SECONDS = 2.0
+RECENT_SECONDS = 2.0  # a file changed so shortly before may change again without another time stamp
+PATIENCE = 60.0  # seconds that an ingest waits for another one into the same cache: trainings may start together
+
+
+@dataclass(frozen=True)
+class FrameSettings:
+    """What decides the cached frames; its hash names the folder."""
+
+    size: int
+    crop: str
+    max_frames: int | None
+    stride: int
+    version: int = VERSION
+
+    def __post_init__(self):
+        if self.crop not in ("crop", "blank", "none"):
+            raise ValueError(f"crop {self.crop!r} is not 'crop', 'blank' or 'none'")
+        if min(self.size, self.stride, self.max_frames or 1) < 1 or self.max_frames == 0:
+            raise ValueError(
+                f"size, stride and max_frames must be at least 1, got {self.size}, {self.stride} and {self.max_frames}"
+            )
+
+    @property
+    def key(self) -> str:
+        text = json.dumps(asdict(self), sort_keys=True)
+        return f"{self.size}px-{self.crop}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where the frames go, what they are like, and how the work is done: see `ingest`. run: the ingest's number."""
+
+    folders: list[Path]
+    settings: FrameSettings
+    workers: int | None
+    progress: bool
+    sheets: bool
+    run: int = 0
+
+    @property
+    def shard(self) -> Path:
+        """Where this rank writes."""
+        rank = distributed.rank()
+        folder = self.folders[rank % len(self.folders)]
+        return folder / f"shard_{rank:03d}" if rank else folder
+
+
+@contextmanager
+def writing(folder: Path):
+    """Hold the cache folder as its one writer. Yields whether it can be written to: a read-only one can be read."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError as error:
+        raise CacheError(f"{folder}: cannot be made ({error.strerror}); name another cache folder") from None
+    if not writable:
+        yield False
+        return
+    try:
+        with locked(folder, PATIENCE):
+            yield True
+    except InUse as error:
+        raise CacheError(str(error)) from None
+
+
+def do_share(share: tuple[int, list[tuple]], work: Work) -> dict[str, str]:
+    """Decode this rank's share into its shard, then wait for the others. Returns why clips failed, on the first rank
+    those of all."""
+    run, todo = share
+    failed = {}
+    if todo:
+        with writing(work.shard) if distributed.rank() else nullcontext(True) as writable:
+            if not writable:
+                raise CacheError(f"{work.shard}: cannot be written to; name another cache folder")
+            lines, end = read_log(work.shard, work.settings.size, repair=True)
+            drop_damaged(lines, read_damage(work.shard))
+            failed = append(todo, lines, end, replace(work, run=run))
+    return {name: reason for part in distributed.gather_values(failed) for name, reason in part.items()}
+
+
+def stamp(clip: Clip) -> list[int]:
+    """Number of files, bytes and latest change: enough to see that a clip need not be hashed again."""
+    stats = [path.stat() for path in clip.files]
+    return [len(stats), sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)]
+
+
+def append(todo, lines: dict[str, dict], end: int, work: Work) -> dict[str, str]:
+    """Decode (clip, stamp)s and append them to the shard, whose lines and end of the frames are given; returns the
+    reason of every clip that failed."""
+    failed, tiles = {}, []
+    by_content = {line["sha256"]: line for line in lines.values()}
+    cores = max(1, (os.cpu_count() or 1) // distributed.local_world())
+    count = min(cores if work.workers is None else work.workers, len(todo))
+    task = partial(prepare, settings=work.settings, known=frozenset(by_content), sheets=work.sheets)
+    results = processes.ordered(task, [clip for clip, _ in todo], count, "uscl_hub.clips.read")
+    writer = Writer(work.shard, end)
+    try:
+        bar = tqdm(results, "ingest", len(todo), unit="clip", disable=not work.progress)
+        for (clip, then), result in zip(todo, bar):
+            if isinstance(result, str):
+                failed[clip.id] = result
+                continue
+            about, frames, tile = result
+            line = by_content.get(about["sha256"])
+            if line is None:
+                about["offset"] = writer.frames(frames)
+                line = about
+            line = dict(line, id=clip.id, source=clip.source, stamp=then, run=work.run)
+            by_content.setdefault(line["sha256"], line)
+            writer.line(line)
+            if tile is not None:
+                tiles.append((clip.id, *tile))
+    finally:
+        results.close()  # first: it ends the workers at once
+        writer.close()
+    for i in range(0, len(tiles), 40):
+        path = work.shard / "sheets" / f"{i // 40:03d}.png"
+        write_whole(path, partial(before_after_sheet, tiles[i : i + 40]))
+    return failed
+
+
+def prepare(clip: Clip, settings: FrameSettings, known: frozenset, sheets: bool):
+    """One clip: its index line (without the offset), its frames uint8 (T, size, size) unless the content is already
+    known, and, if wanted, its tile for the sheet. A str is the reason why it cannot be read."""
+    try:
+        for _ in range(2):  # a file that changes while it is read gets a second try
+            before, sha256, hashed = stamp(clip), content_hash(clip), time.time()
+            if sha256 in known:
+                return {"sha256": sha256}, None, None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the decoders, and without the file's name
+                read = read_clip(
+                    clip, settings.size, crop=settings.crop, stride=settings.stride, max_frames=settings.max_frames
+                )
+            recent = abs(hashed - before[2] / 1e9) < RECENT_SECONDS
+            if (stamp(clip) == before and not recent) or content_hash(clip) == sha256:
+                line = index_line(read, sha256)
+                if len(clip.files) > 1:  # a test may hold single ones of them
+                    line["files"] = [content_hash(replace(clip, files=(path,))) for path in clip.files]
+                return line, read.images, (read.before, read.region, read.after) if sheets else None
+        return "the file changes while it is read"
+    except UnreadableClip as error:
+        return error.reason
+    except OSError as error:
+        return f"{type(error).__name__}: {error.strerror or error}"
+
+
+def index_line(read, sha256: str) -> dict:
+    return {
+        "sha256": sha256,
+        "frames": len(read.images),
+        "crc32": zlib.crc32(np.ascontiguousarray(read.images)),
+        "fps": read.fps,
+        "region": list(read.region.box),
+        "masked": read.region.mask is not None,
+        "height": read.before.shape[0],
+        "width": read.before.shape[1],
+        "text": read.text,
+        "notes": list(read.notes),
+    }
+
+
+class Writer:
+    """Appends to frames.u8 and, once those bytes are on disk, to index.jsonl."""
+
+    def __init__(self, folder: Path, end: int):
+        self.folder, self.end, self.pending, self.last = folder, end, [], time.monotonic()
+        self.data = open(folder / "frames.u8", "ab", buffering=0)
+        self.index = open(folder / "index.jsonl", "ab", buffering=0)
+
+    def frames(self, frames: np.ndarray) -> int:
+        offset = self.end
+        view = memoryview(np.ascontiguousarray(frames)).cast("B")
+        with self.disk("frames.u8"):
+            while view:
+                view = view[self.data.write(view) :]
+        self.end += len(frames)
+        return offset
+
+    def line(self, line: dict):
+        self.pending.append(json.dumps(line, ensure_ascii=True) + "\n")
+        if time.monotonic() - self.last > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self):
+        with self.disk("index.jsonl"):
+            os.fsync(self.data.fileno())
+            view = memoryview("".join(self.pending).encode())
+            self.pending = []
+            while view:
+                view = view[self.index.write(view) :]
+            os.fsync(self.index.fileno())
+        self.last = time.monotonic()
+
+    def close(self):
+        try:
+            self.flush()
+        finally:
+            self.data.close()
+            self.index.close()
+
+    @contextmanager
+    def disk(self, name):
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot write the frame cache ({error.strerror}); the clips written so far "
+                "are kept: free some space and run it again",
+                str(self.folder / name),
+            ) from error
