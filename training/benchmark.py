@@ -8,7 +8,8 @@ loader   batches loaded / batches consumed; the share of a real training that wa
 ingest   ingest into the frame cache over plain decoding in as many processes
 embed    `uscl-hub embed` over the bare model's forward
 load     import and load of a pretrained model over timm's own
-index    a cache of 100,000 clips: opening, splitting, memory over the steps
+index    a cache of 100,000 clips (--clips): opening, splitting, memory over the steps
+ranks    ingest and embed by two processes over one
 
 Every figure is a ratio within one run: what is compared takes turns (A B A B ...), and the median over the rounds of
 the ratio within each round counts. Prints a table and writes it as JSON. The machine should have nothing else to do.
@@ -30,7 +31,7 @@ import torch  # noqa: E402
 
 from training import config as configs  # noqa: E402
 from training import distributed  # noqa: E402
-from training.benchmarks import data, inference, meta, steps  # noqa: E402
+from training.benchmarks import data, inference, meta, scale, steps  # noqa: E402
 from training.benchmarks.measure import Settings, cores, cpu_name  # noqa: E402
 from training.messages import command  # noqa: E402
 from uscl_hub.errors import UserError  # noqa: E402
@@ -44,7 +45,8 @@ SECTIONS = {
     "ingest": data.ingesting,
     "embed": inference.embedding,
     "load": inference.loading,
-    "index": data.index,
+    "index": scale.opening,
+    "ranks": scale.ranks,
 }
 
 

@@ -141,6 +141,7 @@ def _passed_over(report: dict) -> list[str]:
 
 
 def _embed(args):
+    from uscl_hub import ranks
     from uscl_hub.features.embed import embed
 
     report = embed(
@@ -156,6 +157,8 @@ def _embed(args):
         device=args.device,
         progress=not args.json,
     )
+    if ranks.rank():
+        return None, []  # the first process says it
     lines = [f"{args.output}: {report['clips']} clips, {report['frames']} frames"]
     lines += _passed_over(report)
     lines += [f"note on {n['clip']}: {n['note']}" for n in report["notes"]]
@@ -371,6 +374,8 @@ def _run(argv) -> int:
         else:
             print(f"uscl-hub: {printable(str(error))}", file=sys.stderr)
         return 1
+    if result is None:
+        return 0
     print(json.dumps(result) if args.json else "\n".join(map(printable, lines)))
     return 0
 

@@ -1,4 +1,4 @@
-"""Ingest, the frame cache's index, and loading."""
+"""Ingest and loading."""
 
 import contextlib
 import itertools
@@ -19,17 +19,13 @@ from training.benchmarks.measure import (
     Row,
     clip_folder,
     cores,
-    fresh_process,
-    memory_use,
     quietly,
     ratio,
     spent,
     take_turns,
 )
 from training.benchmarks.steps import meta, plain, problem
-from training.data import batches, index
-from training.data.cache import FrameCache
-from training.data.groups import assign_groups, numbered, split_numbers
+from training.data import batches
 from training.data.ingest import ingest
 from training.data.simulate import write_demo
 from uscl_hub.clips import UnreadableClip, find_clips, iter_frames
@@ -154,42 +150,3 @@ def ingesting(settings, device, folder):
         took = statistics.median(seconds["ingest"])
         note = f"{megabytes / took:.3g} MB/s, {len(clips) / took:.3g} clips/s, {workers} processes, {note}"
     yield Row("ingest", "speed / plain decoding", "", ratio(seconds, "decode", "ingest"), ">= 0.8", note)
-
-
-def index_rows(settings, device, folder):
-    few = max(settings.clips // 100, 200)
-    for clips in (few, settings.clips):
-        write_cache(folder / f"index{clips}", 80, clips, 100)
-    call = "index_use({!r}, {}, {})"
-    small, large = (
-        fresh_process(
-            "import json; from training.benchmarks.data import index_use; "
-            f"print(json.dumps({call.format(str(folder / f'index{clips}'), settings.steps, settings.batch)}))"
-        )
-        for clips in (few, settings.clips)
-    )
-    note = f"{settings.clips} clips, {settings.steps} steps"
-    yield Row("index", "growth of own memory over the steps, MiB", "", large["grown"], "<= 8", note)
-    per_clip = (large["own"] - small["own"]) * 1024 / (settings.clips - few)
-    yield Row("index", "memory of the index and splits, KiB a clip", "", per_clip)
-    yield Row("index", "opening and splitting, s", "", large["opened"], "", f"{settings.clips} clips")
-    note = f"{1000 * large['step']:.3g} ms a step"
-    yield Row("index", f"a step's batches / those from {few} clips", "", large["step"] / small["step"], "<= 2", note)
-
-
-def index_use(path, steps, batch):
-    """Open a cache, split it, make batches; own memory in MiB and seconds. Call it in a fresh process."""
-    before, start = memory_use(), time.perf_counter()
-    cache = FrameCache.open(path)
-    groups, _ = numbered(assign_groups(cache.each_id(), r"(patient_\d+)"))
-    splits = split_numbers(groups, {"train": 0.8, "meta": 0.1, "val": 0.1}, 0, cache.source_numbers)
-    train, held_out = np.flatnonzero(splits == 0), np.flatnonzero(splits == 1)
-    opened = time.perf_counter() - start
-    for step in range(steps // 10):
-        load_batches(cache, train, held_out, batch, step)
-    middle, start = memory_use(), time.perf_counter()
-    for step in range(steps // 10, steps // 10 + steps):
-        load_batches(cache, train, held_out, batch, step)
-    seconds, after = (time.perf_counter() - start) / steps, memory_use()
-    grown = after["own"] - middle["own"]
-    return {"opened": opened, "own": middle["own"] - before["own"], "grown": grown, "step": seconds}

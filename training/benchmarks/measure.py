@@ -24,7 +24,18 @@ ROOT = Path(__file__).resolve().parents[2]
 class Settings:
     """What is measured, and on what."""
 
-    only: tuple[str, ...] = ("step", "memory", "meta", "accuracy", "loader", "ingest", "embed", "load", "index")
+    only: tuple[str, ...] = (
+        "step",
+        "memory",
+        "meta",
+        "accuracy",
+        "loader",
+        "ingest",
+        "embed",
+        "load",
+        "index",
+        "ranks",
+    )
     """Sections to run."""
     quick: bool = False
     """Tiny settings that only show that everything runs: the figures mean nothing."""

@@ -15,7 +15,7 @@ from typing import Callable, Iterable, Iterator
 
 import numpy as np
 
-from uscl_hub import __version__, sources
+from uscl_hub import __version__, ranks, sources
 from uscl_hub.checkpoints import CheckpointError
 from uscl_hub.clips import content_hash
 from uscl_hub.clips.read import read_clip
@@ -50,7 +50,8 @@ def embed(
     """Write the features of all clips below the inputs (files and folders) to a Parquet file.
 
     Clips that the file, or an interrupted run's `<output>.partial` folder, already holds are not computed
-    again; that needs the same model and settings. The file appears, whole, at the end.
+    again; that needs the same model and settings. The file appears, whole, at the end. Started by torchrun, each of its
+    processes takes its share of the clips, and all return the report.
 
     Args:
         name, checkpoint, revision: the backbone, see `load_meta_uscl_backbone`.
@@ -64,33 +65,68 @@ def embed(
     the file's, OSError if another process writes the same output.
     """
     import_pyarrow()
-    output = Path(output)
-    clips, passed = find_inputs(inputs, frames)
-    failed = unknown_files(inputs, clips)
-    model = placed(load_meta_uscl_backbone(name, checkpoint=checkpoint, revision=revision), device)
-    px = create_transform(model).keywords["size"]
-    settings = {"name": name, "weights": fingerprint(model), "px": px, "stride": stride, "crop": crop}
-    settings["version"] = __version__
-    partial = output.with_name(output.name + ".partial")
+    output, device = Path(output), ranks.device(device)
+    partial, earlier = output.with_name(output.name + ".partial"), [output] * output.exists()
+    with ranks.joined():
+        clips, passed = ranks.from_first(lambda: find_inputs(inputs, frames))
+        failed = [] if ranks.rank() else unknown_files(inputs, clips)
+        model = placed(load_meta_uscl_backbone(name, checkpoint=checkpoint, revision=revision), device)
+        px = create_transform(model).keywords["size"]
+        settings = {"name": name, "weights": fingerprint(model), "px": px, "stride": stride, "crop": crop}
+        settings["version"] = __version__
+        with _held(partial):
+            clips, done, places = ranks.from_first(lambda: _start(clips, earlier, partial, settings))
+            where = {"checkpoint": sources.settle(checkpoint, name), "revision": revision, "places": places}
+            schema = make_schema(width(model), {**settings, **where})
+            run = _Run(clips[ranks.rank() :: ranks.world()], done, settings, failed)
+            rows_of = partial_of(_rows, model=model, batch_size=batch_size, stride=stride, what=checkpoint or name)
+            shown = progress and ranks.rank() == 0
+            run.compute(rows_of, lambda rows: save_part(rows, partial, schema), batch_size, device, shown)
+            shares = ranks.from_all((run.current, run.failed))
+
+            def end() -> dict:
+                current = {clip: digest for part, _ in shares for clip, digest in part.items()}
+                failed = [reason for _, part in shares for reason in part]
+                facts = _merged(current, done, failed, (earlier, partial, output), schema)
+                report = write_report(output, facts, failed, passed, {"settings": settings})
+                shutil.rmtree(partial)
+                return report
+
+            return ranks.from_first(end)
+
+
+@contextlib.contextmanager
+def _held(partial: Path) -> Iterator[None]:
+    """The first process makes and holds the folder of the parts, for all."""
+    if ranks.rank():
+        yield
+        return
     partial.mkdir(parents=True, exist_ok=True)
     with locked(partial):
         check_room(partial)
-        earlier = [output] * output.exists()
-        done, places = read_finished(earlier + finished(partial, ".parquet"), settings)
-        clips, places = tell_apart(clips, places, done, content_hash)
-        where = {"checkpoint": sources.settle(checkpoint, name), "revision": revision, "places": places}
-        schema = make_schema(width(model), {**settings, **where})
-        run = _Run(clips, done, settings, failed)
-        rows_of = partial_of(_rows, model=model, batch_size=batch_size, stride=stride, what=checkpoint or name)
-        run.compute(rows_of, lambda rows: save_part(rows, partial, schema), batch_size, device, progress)
-        if not run.current and not done:
-            shutil.rmtree(partial)
-            raise nothing_read(failed)
-        facts = merge(earlier + finished(partial, ".parquet"), output, schema, run.current)
-        facts["computed"] = len(run.current.items() - done.items())
-        report = write_report(output, facts, failed, passed, {"settings": settings})
+        yield
+
+
+def _start(clips: list, earlier: list[Path], partial: Path, settings: dict) -> tuple[list, dict, dict]:
+    """The clips by the names that the table has for them; clip id -> content hash of those that are finished; and the
+    places of the sources."""
+    done, places = read_finished(earlier + finished(partial, ".parquet"), settings)
+    clips, places = tell_apart(clips, places, done, content_hash)
+    return clips, done, places
+
+
+def _merged(current: dict, done: dict, failed: list, paths: tuple, schema) -> dict:
+    """Make the table of all parts; what the report says of it. paths: the earlier tables, the parts' folder, the table.
+
+    Raises ValueError if nothing could be read.
+    """
+    earlier, partial, output = paths
+    if not current and not done:
         shutil.rmtree(partial)
-    return report
+        raise nothing_read(failed)
+    facts = merge(earlier + finished(partial, ".parquet"), output, schema, current)
+    facts["computed"] = len(current.items() - done.items())
+    return facts
 
 
 class _Run:

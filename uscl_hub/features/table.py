@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from uscl_hub import ranks
 from uscl_hub.errors import UserError, printable
 from uscl_hub.files import check_regular, write_whole
 from uscl_hub.tensors import shorten
@@ -155,10 +156,10 @@ def read_finished(paths: list[Path], settings: dict) -> tuple[dict[str, str], di
 
 
 def save_part(rows: list[dict], folder: Path, schema) -> None:
-    """Write rows as a part, a table of its own; names sort by time."""
+    """Write rows as a part, a table of its own; names sort by time, and no two processes have the same one."""
     pa, pq = import_pyarrow()
     table = pa.Table.from_pylist(rows, schema)
-    write_whole(folder / f"{time.time_ns():020d}.parquet", lambda file: pq.write_table(table, file))
+    write_whole(folder / f"{time.time_ns():020d}_{ranks.rank():03d}.parquet", lambda file: pq.write_table(table, file))
 
 
 def merge(parts: list[Path], output: Path, schema, current: dict[str, str]) -> dict:

@@ -50,7 +50,8 @@ def start(tmp_path, ranks, root, out, body=""):
             distributed.setup("cpu")
             {body or "pass"}
             cache = ingest([{str(root)!r}], {[str(o) for o in out]!r}, size=32, workers=0, progress=False)
-            open(os.path.join({str(tmp_path)!r}, f"rank_{{distributed.rank()}}.pickle"), "wb").write(pickle.dumps(cache))
+            with open({str(tmp_path / "rank_")!r} + f"{{distributed.rank()}}.pickle", "wb") as file:
+                pickle.dump(cache, file)
             distributed.barrier()
             distributed.finished.set()
 
