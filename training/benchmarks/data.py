@@ -25,7 +25,8 @@ from training.benchmarks.measure import (
     take_turns,
 )
 from training.benchmarks.steps import meta, plain, problem
-from training.data import batches
+from training.data import batches, index
+from training.data.cache import FrameCache
 from training.data.ingest import ingest
 from training.data.simulate import write_demo
 from uscl_hub.clips import UnreadableClip, find_clips, iter_frames
