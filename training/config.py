@@ -242,7 +242,9 @@ class Config:
 
 def cache_folders(config, out):
     """The folders of a training's frame cache. out: its output folder."""
-    return [Path(folder) for folder in config.data.cache if folder] or [Path(out) / "cache"]
+    named = config.data.cache
+    named = (named,) if isinstance(named, str) else named  # one, as in scripts for version 0.1
+    return [Path(folder) for folder in named if folder] or [Path(out) / "cache"]
 
 
 def training_pairs(config):

@@ -8,7 +8,7 @@ from operator import attrgetter
 import pytest
 import yaml
 
-from training.config import Config, Data, Optim, Pairs, cli, dump, load
+from training.config import Config, Data, Optim, Pairs, cache_folders, cli, dump, load
 from uscl_hub.errors import UserError
 
 
@@ -24,6 +24,18 @@ def fields(kind, prefix=""):
             yield from fields(field.type, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", kind
+
+
+@pytest.mark.parametrize(
+    "named, folders",
+    [((), ["run/cache"]), ("", ["run/cache"]), (("",), ["run/cache"]), ("a/b", ["a/b"]), (("a", "b"), ["a", "b"])],
+)
+def test_the_folders_of_the_frame_cache(tmp_path, named, folders):
+    """Also of config.yaml and scripts from before there could be several: a text is one folder, not its letters."""
+    config = Config(data=Data(cache=named))
+    dump(config, tmp_path / "c.yaml")
+    for known in (config, load(Config, tmp_path / "c.yaml")):
+        assert [folder.as_posix() for folder in cache_folders(known, "run")] == folders
 
 
 def test_yaml_round_trip(tmp_path):
