@@ -30,7 +30,7 @@ class AblateConfig:
 
     arms: tuple[str, ...] = ("random", "simclr", "uscl/standard/3", "uscl/inner/3", "meta_uscl/standard/3")
     """'random', 'simclr', or METHOD/MODE/K: uscl or meta_uscl, standard or inner, frames that span a pair. meta_uscl
-    also with /delayed or /everyN, its cheaper options; /statistics, /by_source, see meta.input and meta.by_source;
+    also with /delayed, /everyN or /depthN, its cheaper options; /statistics, /by_source, see meta.input and meta.by_source;
     /shuffled, a control: each pair has another pair's weight. uscl also with /distance, see loss.weights. Both with
     /corruptN: N per cent of the training clips give wrong pairs. Several of them are joined by more slashes."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -105,8 +105,8 @@ def option(one: configs.Config, name: str) -> bool:
         one.loss.weights = "distance"
     elif one.method != "meta_uscl":
         return False
-    elif kind == "every" and int(number or 0) > 0:
-        one.meta.every = int(number)
+    elif kind in ("every", "depth") and int(number or 0) > 0:
+        setattr(one.meta, kind, int(number))
     elif name == "statistics":
         one.meta.input = "statistics"
     elif name in ("delayed", "by_source", "shuffled"):

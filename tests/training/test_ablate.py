@@ -82,6 +82,8 @@ def test_a_stopped_training_ends_the_run_with_what_to_do(config, monkeypatch):
         "meta_uscl/inner/3/corrupt",
         "meta_uscl/inner/3/corrupt101",
         "meta_uscl/inner/3/every0",
+        "meta_uscl/inner/3/depth0",
+        "uscl/inner/3/depth1",
         "simclr/corrupt10",
         "meta_uscl/inner/3/every2/shuffled",
     ],
@@ -99,6 +101,7 @@ def test_options_and_the_control_are_arms_of_their_own(config):
         (False, 1, True),
     ]
     assert {(s.method, s.pairs.mode, s.pairs.frames) for s in settings} == {("meta_uscl", "standard", 3)}
+    assert ablate.training(config, "meta_uscl/standard/3/depth1/corrupt20", 0).meta.depth == 1
     one = ablate.training(config, "meta_uscl/inner/3/statistics/by_source/corrupt40", 0)
     assert (one.meta.input, one.meta.by_source, one.pairs.corrupt) == ("statistics", True, 0.4)
     assert ablate.training(config, "uscl/inner/3/distance", 0).loss.weights == "distance"
