@@ -42,7 +42,7 @@ def tiny(demo, tmp_path):
         device="cpu",
         data=Data(
             roots=(str(demo / "clips"),),
-            cache=str(demo / "cache"),
+            cache=(str(demo / "cache"),),
             group=r"/(\w+/subj\d+)_",
             meta_fraction=0.2,
             val_fraction=0.2,

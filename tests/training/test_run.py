@@ -63,7 +63,7 @@ def test_end_to_end_on_real_files(scans, tiny, tmp_path, capsys):
     config = tiny(
         data={
             "roots": (str(scans / "siteA"), str(scans / "siteB")),
-            "cache": "",
+            "cache": (),
             "group": rf"/({SECRET}_\d+)/",
             "licences": {"siteA": "CC BY 4.0"},
             "sheets": True,
@@ -214,7 +214,7 @@ def test_real_clips(tiny, tmp_path, capsys):
     scans = sorted((DATA / "pretrain" / "ocular_itkpocus").glob("*.dcm"))
     roots = tuple(str(path) for path in films[:10] + scans)
     preset = configs.load(configs.Config, run.DEMO.with_name("open_data.yaml")).data
-    settings = {"roots": roots, "group": preset.group, "cache": str(tmp_path / "cache"), "max_frames": 8}
+    settings = {"roots": roots, "group": preset.group, "cache": (str(tmp_path / "cache"),), "max_frames": 8}
     run.main(tiny(data=settings, optim={"steps": 2, "batch": 2}))
     assert "12 clips of" in capsys.readouterr().out
     report = json.loads(next((tmp_path / "cache").glob("*/report.json")).read_text())
@@ -225,7 +225,7 @@ def test_single_images_of_one_source(tiny, tmp_path, capsys):
     for i in range(12):
         (tmp_path / "stills" / f"p{i}").mkdir(parents=True)
         Image.fromarray(simulate_clip("cyst", 1, 40, seed=i)[0]).save(tmp_path / "stills" / f"p{i}" / "image.png")
-    settings = {"roots": (str(tmp_path / "stills"),), "cache": str(tmp_path / "cache"), "group": "", "workers": 1}
+    settings = {"roots": (str(tmp_path / "stills"),), "cache": (str(tmp_path / "cache"),), "group": "", "workers": 1}
     run.main(tiny(data=settings, method="simclr"))
     assert "no kNN probe" in capsys.readouterr().out
     assert "knn" not in (tmp_path / "run" / "export" / "README.md").read_text()
@@ -294,7 +294,7 @@ def refusal(config):
 )
 def test_a_users_mistake_is_one_line(tiny, tmp_path, changes, message):
     if "size" in changes.get("model", {}):  # other frames, which need another cache
-        changes = {**changes, "data": {"cache": str(tmp_path / "cache")}}
+        changes = {**changes, "data": {"cache": (str(tmp_path / "cache"),)}}
     said = refusal(tiny(**changes))
     assert re.search(message, said), said
     assert "\n" not in said and "Traceback" not in said
@@ -310,7 +310,7 @@ def test_too_few_readable_clips_name_the_reasons(tiny, tmp_path):
     (tmp_path / "clips").mkdir()
     for i in range(3):
         (tmp_path / "clips" / f"{i}.mp4").write_bytes(b"not a film" * (9 + i))
-    settings = {"roots": (str(tmp_path / "clips"),), "cache": str(tmp_path / "cache"), "workers": 1}
+    settings = {"roots": (str(tmp_path / "clips"),), "cache": (str(tmp_path / "cache"),), "workers": 1}
     said = refusal(tiny(data=settings))
     assert said.startswith("data: 0 readable clips") and "clips/0.mp4: " in said and "report.json" in said
 

@@ -58,6 +58,9 @@ class Weighting:
 def falling(about):
     """IVPP's form: 1 for two frames at the same place, falling linearly to 1 / (reach + 1) at the largest distance.
 
+    VanBerlo et al., "Intra-video positive pairs", arXiv 2403.07715. There the reach is the largest distance that the
+    settings allow; here that of the clip, where it is shorter.
+
     >>> falling(About(torch.tensor([0.0, 2.0, 4.0]), torch.tensor([4, 4, 4]), torch.zeros(3, dtype=torch.long)))
     tensor([1.0000, 0.6000, 0.2000])
     """

@@ -232,7 +232,7 @@ def test_other_settings_are_refused(tiny, whole, demo, tmp_path):
     some = tuple(str(demo / "clips" / kind) for kind in ("cyst", "lung", "muscle", "vessel"))
     for data in ({"val_fraction": 0.3}, {"group": r"(clip\d+)"}, {"roots": some, "group": r"(clip\d+)"}):
         assert "data (clips, splits, frames)" in refusal(resume(data=data))
-    cache = str(tmp_path / "cache")
+    cache = (str(tmp_path / "cache"),)
     assert "data (clips, splits, frames)" in refusal(resume(data={"crop": "none", "cache": cache, "workers": 1}))
     after = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file() and p.name != ".lock"}
     assert after == before  # config.yaml, too
