@@ -30,9 +30,10 @@ class AblateConfig:
 
     arms: tuple[str, ...] = ("random", "simclr", "uscl/standard/3", "uscl/inner/3", "meta_uscl/standard/3")
     """'random', 'simclr', or METHOD/MODE/K: uscl or meta_uscl, standard or inner, frames that span a pair. meta_uscl
-    also with /delayed, /everyN or /depthN, its cheaper options; /statistics, /by_source, see meta.input and meta.by_source;
-    /shuffled, a control: each pair has another pair's weight. uscl also with /distance, see loss.weights. Both with
-    /corruptN: N per cent of the training clips give wrong pairs. Several of them are joined by more slashes."""
+    also with /delayed, /everyN or /depthN, its cheaper options; /statistics, /by_source, see meta.input and
+    meta.by_source; /shuffled, a control: each pair has another pair's weight. uscl also with /distance, see
+    loss.weights. Both with /corruptN: N per cent of the training clips give wrong pairs. Several of them are joined by
+    more slashes."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of training and evaluation."""
     out: str = "runs/ablation"

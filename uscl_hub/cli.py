@@ -169,6 +169,13 @@ def _embed(args):
     return report, lines
 
 
+def _browse(args):
+    from uscl_hub.browse import browse
+
+    browse(args.table, add=args.add, colour=args.colour, port=args.port, open_browser=not args.no_browser)
+    return None, []
+
+
 def _predict(args):
     from uscl_hub.predict import predict
 
@@ -278,6 +285,14 @@ def _inputs(sub):
     sub.add_argument("--device", default="cpu")
 
 
+def _browse_arguments(sub):
+    sub.add_argument("table", type=Path, help="features.parquet of `uscl-hub embed`, or a table of `uscl-hub predict`")
+    sub.add_argument("--add", type=Path, help="labels or predictions to show: a table with the column clip or path")
+    sub.add_argument("--colour", help="column that colours the map (default: label, if there is one, else folder)")
+    sub.add_argument("--port", type=int, default=0, help="(default: a free one)")
+    sub.add_argument("--no-browser", action="store_true", help="only print the address")
+
+
 def _embed_arguments(sub):
     _inputs(sub)
     sub.add_argument("-o", "--output", type=Path, required=True, help="features.parquet")
@@ -330,6 +345,11 @@ COMMANDS = {
     "embed": (_embed, _embed_arguments, "Compute features of images, videos and DICOM files."),
     "predict": (_predict, _predict_arguments, "Run a model of training/finetune.py on images, videos and DICOM files."),
     "search": (_search, _search_arguments, "Find the clips most similar to one."),
+    "browse": (
+        _browse,
+        _browse_arguments,
+        "Look at a table: a map with pictures, in the browser of this machine.",
+    ),
     "export": (_export, _export_arguments, "Write the model for deployment, and check it against PyTorch."),
 }
 

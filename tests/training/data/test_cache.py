@@ -181,7 +181,7 @@ def test_an_ingest_waits_for_another_one_into_the_same_cache(demo, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_any_time_and_resumed_from_a_script(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.data.ingest.PATIENCE", 0.0)
+    monkeypatch.setattr("training.data.shard.PATIENCE", 0.0)
     whole = ingest([demo], tmp_path / "whole", size=32, workers=0, progress=False)
     slow = (
         "module.FLUSH_SECONDS = 0.0; line = module.Writer.line; import time\n"
