@@ -11,6 +11,7 @@ MAX_PIXELS = 4096 * 4096  # a frame; larger ones are mosaics, slides or decompre
 MAX_FRAMES = 100_000  # a clip
 MAX_BYTES = 4 * 2**30  # of one clip decoded as a whole by `decode`; less where `memory.budget` is less
 MAX_SECONDS = 600  # of one clip's decoding
+DEPTHS = (8, 10, 12)  # bits that scanners fill of the 16 that a picture or DICOM file has
 
 VIDEO = {
     *(".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".avi", ".mpeg", ".mpg", ".m2v", ".vob", ".mts", ".m2ts", ".webm"),

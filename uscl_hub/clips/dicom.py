@@ -19,7 +19,7 @@ import numpy as np
 
 from uscl_hub.clips import memory
 from uscl_hub.clips.clip import MAX_BYTES, MAX_FRAMES, Clip, UnreadableClip, check_pixels, opened
-from uscl_hub.clips.dicom_display import dicom_grey, uses_window
+from uscl_hub.clips.dicom_display import dicom_grey, shown_in_full, used_range, uses_window
 from uscl_hub.clips.dicom_pixels import PixelData
 from uscl_hub.clips.video import stream_frames
 
@@ -102,15 +102,31 @@ def _frames(pixels: PixelData, data, claimed: int, stride: int, note, timing: _T
         note(f"its header says {claimed} frames, {count} are in it")
     if not usable:
         note("its window or rescale values cannot be used: shown without them")
+    used = _used(pixels, data, count, note)
     for index in range(0, count, stride):
         with _quiet_pydicom():
             try:
-                grey = dicom_grey(pixels.frame(index), data, index)
+                grey = dicom_grey(pixels.frame(index), data, index, used)
             except UnreadableClip:
                 raise
             except Exception as error:
                 raise UnreadableClip(path, f"pixel data cannot be decoded ({syntax}, {type(error).__name__})") from None
         yield grey, timing.fps, timing.at(index)
+
+
+def _used(pixels: PixelData, data, count: int, note) -> tuple[int, int] | None:
+    """Black and white of all frames, or None: by the bits that are stored. They are decoded once more for it."""
+    with _quiet_pydicom():
+        try:
+            if not shown_in_full(data):
+                return None
+            used = used_range(data, (pixels.frame(index) for index in range(count)))
+        except Exception:  # noqa: BLE001 - decoding, which comes next, says what is wrong with the file
+            return None
+    if used is not None:
+        bits = (used[1] - used[0]).bit_length()
+        note(f"its {int(data.BitsStored)} bits hold values of {bits} bits: shown from {used[0]} to {used[1]}")
+    return used
 
 
 def _stream(pixels: PixelData, path: Path) -> io.BytesIO:

@@ -1,17 +1,20 @@
 """From a DICOM frame's stored values to the grey levels that a viewer shows."""
 
 import math
+from typing import Iterable
 
 import numpy as np
 
+from uscl_hub.clips.clip import DEPTHS
 from uscl_hub.preprocess import to_grey
 
+SPARE = 4  # bits that must be left empty, or a dim picture would be taken for one of fewer bits
 _SHOWN_BY = ("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence")
 _RESCALED_BY = ("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence")
 
 
-def dicom_grey(frame: np.ndarray, data, index: int = 0) -> np.ndarray:
-    """uint8 (H, W) of one decoded frame, the file's `index`-th."""
+def dicom_grey(frame: np.ndarray, data, index: int = 0, used: tuple[int, int] | None = None) -> np.ndarray:
+    """uint8 (H, W) of one decoded frame, the file's `index`-th. used: black and white, as of `used_range`."""
     from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
 
     if data.PhotometricInterpretation == "PALETTE COLOR":
@@ -22,8 +25,9 @@ def dicom_grey(frame: np.ndarray, data, index: int = 0) -> np.ndarray:
         return to_grey(frame if frame.dtype == np.uint8 else (frame >> (data.BitsStored - 8)).astype(np.uint8))
     if int(data.SamplesPerPixel) == 3:  # brightness already
         return np.ascontiguousarray(frame)
-    bits, signed = int(data.BitsStored), bool(data.PixelRepresentation)
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    low: float
+    high: float
+    low, high = used or _range(int(data.BitsStored), bool(data.PixelRepresentation))
     values, shown = frame, _display(data, index)
     if "WindowWidth" in shown or "VOILUTSequence" in shown:
         values = apply_voi_lut(apply_modality_lut(frame, shown), shown, index=0)
@@ -33,6 +37,31 @@ def dicom_grey(frame: np.ndarray, data, index: int = 0) -> np.ndarray:
             low, high = sorted(float(shown.RescaleSlope) * x + float(shown.RescaleIntercept) for x in (low, high))
     grey = np.rint((values.astype(np.float64) - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
     return 255 - grey if data.PhotometricInterpretation == "MONOCHROME1" else grey
+
+
+def _range(bits: int, signed: bool) -> tuple[int, int]:
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def shown_in_full(data) -> bool:
+    """Whether grey values are shown by the range that their bits could have: no window or table says which is meant."""
+    if data.PhotometricInterpretation == "PALETTE COLOR" or int(data.SamplesPerPixel) != 1:
+        return False
+    shown = _display(data, 0)
+    spare = int(data.BitsStored) - SPARE >= DEPTHS[0]
+    return spare and "WindowWidth" not in shown and "VOILUTSequence" not in shown
+
+
+def used_range(data, frames: Iterable[np.ndarray]) -> tuple[int, int] | None:
+    """Black and white where all frames' values need at least SPARE bits less than are stored; else None."""
+    lowest, highest = 0, 0
+    for frame in frames:
+        lowest, highest = min(lowest, int(frame.min())), max(highest, int(frame.max()))
+    for bits in DEPTHS:
+        low, high = _range(bits, lowest < 0)
+        if bits <= int(data.BitsStored) - SPARE and low <= lowest and highest <= high:
+            return low, high
+    return None
 
 
 def uses_window(data) -> bool:

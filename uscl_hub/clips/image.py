@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from uscl_hub.clips.clip import (
+    DEPTHS,
     MAX_PIXELS,
     PICTURE_FORMATS,
     Clip,
@@ -19,8 +20,6 @@ from uscl_hub.clips.clip import (
     reason_of,
 )
 from uscl_hub.preprocess import to_grey
-
-_DEPTHS = (8, 10, 12)  # bits that scanners fill of the 16 of a picture file
 
 
 @contextmanager
@@ -129,7 +128,7 @@ def _top(files, note) -> int:
                     highest = max(highest, int(np.array(image).max()))
         except Exception:  # noqa: BLE001 - decoding, which comes next, says what is wrong with the file
             return 65535
-    for bits in _DEPTHS:
+    for bits in DEPTHS:
         if highest < 2**bits:
             note(f"its 16 bits hold values of {bits} bits: shown with {2**bits - 1} as white")
             return 2**bits - 1

@@ -178,6 +178,25 @@ def test_rate_and_times_of_animations(tmp_path, extension):
     assert times == pytest.approx(np.cumsum([0, *durations[:3]]) / 1000)
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+@pytest.mark.parametrize("compress", [None, "rle"])
+def test_dicom_of_sixteen_bits_that_hold_fewer(tmp_path, bits, signed, compress):
+    """Without a window nothing says what is white: the whole clip's values do, where bits are left empty."""
+    rng = np.random.default_rng(0)
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if signed else (0, 2**bits)
+    deep = rng.integers(low, high, (3, 40, 60)).astype(np.int16 if signed else np.uint16)
+    deep[0], deep[1, 0, 0], deep[1, 0, 1] = 0, low, high - 1  # the first frame is black: it must not decide
+    codec = {"compress": pydicom.uid.RLELossless} if compress and not signed else {}
+    frames, _, notes, _ = read(dicom(tmp_path / "a.dcm", deep, **codec))
+    expected = np.rint((deep.astype(float) - low) * 255 / (high - 1 - low))
+    assert np.abs(frames - expected).max() <= 1 and len(notes) == (bits < 16)
+    assert bits == 16 or f"hold values of {bits} bits" in notes[0]
+    window = {"WindowCenter": 100, "WindowWidth": 50}
+    shown, _, notes, _ = read(dicom(tmp_path / "b.dcm", deep, **window))
+    assert notes == [] and set(np.unique(shown)) >= {0, 255}
+
+
 @pytest.mark.parametrize("bits", [8, 10, 12, 16])
 @pytest.mark.parametrize("extension, numbered", [("png", False), ("png", True), ("tif", False)])
 def test_sixteen_bit_files_that_hold_fewer(tmp_path, bits, extension, numbered):
