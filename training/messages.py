@@ -12,6 +12,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 
 from training import distributed
 from uscl_hub.errors import UserError, printable
+from uscl_hub.signals import handled, signals_interrupt
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -130,33 +131,6 @@ def going_on_unread():
         sys.stdout, sys.stderr = before
 
 
-def _stopping():
-    """The signals that ask a program to end; those that are ignored (nohup) stay ignored."""
-    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-
-
-@contextlib.contextmanager
-def _handling(handler):
-    before = {number: signal.signal(number, handler) for number in _stopping()}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-@contextlib.contextmanager
-def signals_interrupt():
-    """SIGTERM and SIGHUP raise KeyboardInterrupt(number), as Ctrl-C does."""
-
-    def handler(number, frame):
-        raise KeyboardInterrupt(number)
-
-    with _handling(handler):
-        yield
-
-
 @contextlib.contextmanager
 def signals_set():
     """Yields an event that Ctrl-C, SIGTERM or SIGHUP sets, so that what runs can finish. A second one interrupts."""
@@ -167,5 +141,5 @@ def signals_set():
             raise KeyboardInterrupt(number)
         event.set()
 
-    with _handling(handler):
+    with handled(handler):
         yield event

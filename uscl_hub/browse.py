@@ -7,7 +7,6 @@ home, are switched off.
 import contextlib
 import io
 import os
-import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from uscl_hub.errors import UserError
 from uscl_hub.features.table import THUMBNAIL, read_clips
 from uscl_hub.features.thumbnails import open_thumbnail
 from uscl_hub.labels.rows import read_rows
+from uscl_hub.signals import signals_interrupt
 
 HOST = "127.0.0.1"
 NEIGHBOURS = 5  # beside each clip
@@ -60,9 +60,7 @@ def browse(table, *, add=None, colour: str | None = None, port: int = 0, open_br
     kinds = {"picture": spotlight.Image, "nearest pictures": spotlight.Image, "features": spotlight.Embedding}
     port = free_port(port)
     print(f"http://{HOST}:{port}: {len(frame)} clips; Ctrl-C ends it", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            signal.signal(number, _interrupt)  # or the viewer's server would stay
+    with contextlib.suppress(KeyboardInterrupt), signals_interrupt():  # or the viewer's server would stay
         spotlight.show(
             frame,
             host=HOST,
@@ -195,10 +193,6 @@ def nearest(clips: list[str], vectors: np.ndarray, pictures: list[bytes]) -> tup
 def few(values: list[Any]) -> bool:
     """Whether a column is of classes: texts, and not one a clip."""
     return all(isinstance(value, str) for value in values) and len(set(values)) <= 50
-
-
-def _interrupt(number, frame):
-    raise KeyboardInterrupt
 
 
 def free_port(port: int) -> int:

@@ -1,14 +1,17 @@
-"""The command `uscl-hub`. Exit codes: 0 done, 1 it failed (the message says why), 2 wrong usage."""
+"""The command `uscl-hub`. Exit codes: 0 done, 1 it failed (the message says why), 2 wrong usage, 141 nobody reads its
+output any more, 128 + the number of a signal."""
 
 import argparse
 import json
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
 from uscl_hub import __version__
 from uscl_hub.errors import UserError, printable
+from uscl_hub.signals import signals_interrupt
 
 
 def _list(args):
@@ -384,10 +387,11 @@ def _run(argv) -> int:
     """The one place where errors become a line and a status."""
     args = parser().parse_args(argv)
     try:
-        result, lines = args.function(args)
-    except KeyboardInterrupt:
-        print("uscl-hub: interrupted; what was finished is kept", file=sys.stderr)
-        return 1
+        with signals_interrupt():
+            result, lines = args.function(args)
+    except KeyboardInterrupt as stop:
+        print("uscl-hub: interrupted; what was finished is kept: start it again to go on", file=sys.stderr)
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except (UserError, OSError, ValueError, ImportError) as error:  # anything else is a fault of ours: a traceback
         if args.json:
             print(json.dumps({"error": str(error)}))

@@ -1,6 +1,9 @@
 """The command: exit codes, JSON and messages."""
 
 import json
+import os
+import signal
+import time
 
 import fresh
 import pytest
@@ -100,7 +103,16 @@ def test_failures_are_one_plain_line(capsys, tmp_path):
 
 def test_ctrl_c_is_no_traceback(capsys, monkeypatch):
     monkeypatch.setattr(registry, "releases", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert run(capsys, "list") == (1, "", "uscl-hub: interrupted; what was finished is kept\n")
+    said = "uscl-hub: interrupted; what was finished is kept: start it again to go on\n"
+    assert run(capsys, "list") == (130, "", said)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_it_the_same_way(capsys, monkeypatch, number):
+    before = signal.getsignal(number)
+    monkeypatch.setattr(registry, "releases", lambda: os.kill(os.getpid(), number) or time.sleep(60))
+    code, _, said = run(capsys, "list")
+    assert code == 128 + number and said.startswith("uscl-hub: interrupted") and signal.getsignal(number) == before
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -227,3 +229,30 @@ def test_killed_and_resumed(tiny_export, tmp_path):
         again += computed
         assert not (tmp_path / f"{kill}.parquet.partial").exists()
     print(f"{KILLS} kills, {KILLS * count - again} of {KILLS * count} clips were kept")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_and_keeps_what_is_finished(tiny_export, tmp_path, number):
+    """Within seconds, with a line that says how to go on; the clips computed by then are not computed again."""
+    rng, root, out = np.random.default_rng(0), tmp_path / "scans", tmp_path / "f.parquet"
+    for name in "abcdefghijklmnopqrstuvwxyz":
+        clip = [Image.fromarray(rng.integers(0, 200, (200, 300), dtype=np.uint8)) for _ in range(60)]
+        for patient in ("one", "two", "three"):
+            (root / patient).mkdir(parents=True, exist_ok=True)
+            clip[0].save(root / patient / f"{name}.gif", save_all=True, append_images=clip[1:])
+    command = ["-m", "uscl_hub.cli", "embed", root, "-o", out, "--name", "test_resnet", "--checkpoint", tiny_export]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, *map(str, command)], env=env, stderr=subprocess.PIPE)
+    said = b""
+    while not re.search(rb"\b([4-9]|1\d)/78", said):  # of the progress bar
+        said += process.stderr.read1()
+        assert process.poll() is None, said
+    process.send_signal(number)
+    start = time.monotonic()
+    rest = process.communicate(timeout=120)[1].decode()
+    assert time.monotonic() - start < 60 and process.returncode == 128 + number
+    assert "uscl-hub: interrupted; what was finished is kept: start it again to go on" in rest
+    assert "Traceback" not in rest and not out.exists()
+    done = subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, timeout=300)
+    assert done.returncode == 0 and 0 < json.loads((tmp_path / "f.parquet.report.json").read_text())["computed"] < 78
