@@ -4,13 +4,16 @@ Clips are found, cropped and read as in training and by `uscl-hub embed`, and a 
 the training. Finished clips are kept in `<output>.partial` until the table is whole: an interrupted run goes on.
 """
 
+import contextlib
 import csv
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import threading
 from pathlib import Path
+from typing import Iterable, Iterator
 
 import numpy as np
 from PIL import Image
@@ -22,9 +25,9 @@ from uscl_hub.clips import content_hash
 from uscl_hub.clips.clip import path_of
 from uscl_hub.clips.read import Frames, read_clip
 from uscl_hub.errors import UserError
-from uscl_hub.features.network import placed
+from uscl_hub.features.network import placed, side_by_side
 from uscl_hub.files import check_room, finished, locked, open_regular, write_json, write_whole
-from uscl_hub.inputs import find_inputs, nothing_read, read_ahead, unknown_files, write_report
+from uscl_hub.inputs import ahead, find_inputs, nothing_read, read_ahead, unknown_files, write_report
 from uscl_hub.preprocess import normalise
 
 BATCH = 64
@@ -73,7 +76,7 @@ def predict(
     partial.mkdir(parents=True, exist_ok=True)
     with locked(partial):
         check_room(partial)
-        table, failed = _run_all(clips, _kept(partial, settings), network, meaning, partial, progress)
+        table, failed = _run_all(clips, _kept(partial, settings), network, meaning, partial, (device, progress))
         failed = unknown_files(inputs, clips) + failed
         if not table:
             shutil.rmtree(partial)
@@ -119,9 +122,13 @@ def _onnx(path: Path):
     return lambda x: session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
 
 
-def _run_all(clips, kept: dict, network, meaning: Meaning, partial: Path, progress: bool) -> tuple[list, list]:
-    """The results of all clips that can be read, in their order, and what cannot; new ones go to the partial folder."""
+def _run_all(clips, kept: dict, network, meaning: Meaning, partial: Path, shown: tuple) -> tuple[list, list]:
+    """The results of all clips that can be read, in their order, and what cannot; new ones go to the partial folder.
+
+    network: as of `_network`; shown: (device, whether there is a progress bar).
+    """
     logits, size = network
+    device, progress = shown
     stopped = threading.Event()
 
     def look(clip):
@@ -130,34 +137,59 @@ def _run_all(clips, kept: dict, network, meaning: Meaning, partial: Path, progre
             return clip, digest, None
         return clip, digest, read_clip(clip, size, crop=meaning.crop)
 
-    table: list[dict] = []
+    def say(batch: list[tuple]) -> list[tuple]:
+        """(clip, content hash, Frames, what the model says of each frame that counts) of clips; passes span clips."""
+        images = [frames.images[:: _step(frames, meaning)] for _, _, frames in batch]
+        said = meaning.say(logits(np.concatenate(images)))
+        ends = np.cumsum([len(part) for part in images])
+        return [(*found, part) for found, part in zip(batch, np.split(said, ends[:-1]))]
+
+    results: dict[str, dict] = {}
     failed: list[dict] = []
+    waiting = _batches(read_ahead(look, clips, stopped, progress), failed, results, kept)
     try:
-        with open(partial / "clips.jsonl", "a", encoding="utf-8") as log:
-            for found in read_ahead(look, clips, stopped, progress):
-                if isinstance(found, dict):
-                    failed.append(found)
-                    continue
-                clip, digest, shown = found
-                if shown is None:
-                    table.append({**kept[clip.id], "new": False})
-                    continue
-                result = _result(clip, shown, logits, meaning, partial)
-                result |= {"id": clip.id, "sha256": digest, "notes": list(shown.notes)}
-                log.write(json.dumps(result) + "\n")
-                log.flush()
-                table.append({**result, "new": True})
+        with open(partial / "clips.jsonl", "a", encoding="utf-8") as log, side_by_side(device) as workers:
+            with contextlib.closing(ahead(say, waiting, *workers)) as computed:
+                for clip, digest, frames, said in itertools.chain.from_iterable(computed):
+                    result = _result(clip, frames, said, meaning, partial)
+                    result |= {"id": clip.id, "sha256": digest, "notes": list(frames.notes)}
+                    log.write(json.dumps(result) + "\n")
+                    log.flush()
+                    results[clip.id] = {**result, "new": True}
     finally:
         stopped.set()  # a clip that is being decoded is not waited for
-    return table, failed
+    return [results[clip.id] for clip in clips if clip.id in results], failed
 
 
-def _result(clip, shown: Frames, logits, meaning: Meaning, partial: Path) -> dict:
-    """A clip's rows, 'clip' and 'frame'."""
-    fps = shown.fps if shown.fps and len(shown.images) > 1 else 0.0
-    step = max(1, round(fps / meaning.rate)) if meaning.rate else 1
-    numbers = range(0, len(shown.images), step)
-    said = meaning.say(logits(shown.images[::step]))
+def _batches(found: Iterable, failed: list, results: dict, kept: dict) -> Iterator[list[tuple]]:
+    """Lists of read clips, of BATCH frames at least but for the last; what cannot be read goes to `failed`, what an
+    earlier run has finished to `results`."""
+    batch: list[tuple] = []
+    frames = 0
+    for one in found:
+        if isinstance(one, dict):
+            failed.append(one)
+        elif one[2] is None:
+            results[one[0].id] = {**kept[one[0].id], "new": False}
+        else:
+            batch.append(one)
+            frames += len(one[2].images)
+        if frames >= BATCH:
+            yield batch
+            batch, frames = [], 0
+    if batch:
+        yield batch
+
+
+def _step(frames: Frames, meaning: Meaning) -> int:
+    """Every how many frames of a clip count."""
+    fps = frames.fps if frames.fps and len(frames.images) > 1 else 0.0
+    return max(1, round(fps / meaning.rate)) if meaning.rate else 1
+
+
+def _result(clip, shown: Frames, said: np.ndarray, meaning: Meaning, partial: Path) -> dict:
+    """A clip's rows, 'clip' and 'frame'. said: of each frame that counts, what the model says."""
+    numbers = range(0, len(shown.images), _step(shown, meaning))
     if not np.isfinite(said).all():
         raise UserError(f"{path_of(clip)}: the model gives numbers that are not finite")
     common = {"path": str(path_of(clip)), "clip": clip.id}

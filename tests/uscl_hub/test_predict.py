@@ -156,6 +156,7 @@ def test_interrupted_it_goes_on(models, files, tmp_path, monkeypatch):
         return read(clip, *args, **kwargs)
 
     monkeypatch.setattr(predict, "read_clip", stops)
+    monkeypatch.setattr(predict, "BATCH", 1)  # a clip a batch: what waits for its batch is not finished
     with pytest.raises(KeyboardInterrupt):
         predict.predict(models["classification"], [files], tmp_path / "p.csv", progress=False)
     log = tmp_path / "p.csv.partial" / "clips.jsonl"
