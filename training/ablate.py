@@ -44,6 +44,9 @@ class AblateConfig:
     """How all are evaluated; backbones, seeds, out and cache are set."""
 
 
+Config = AblateConfig  # its name up to version 0.1
+
+
 def main(config: AblateConfig) -> Path:
     """Train what is missing, evaluate, and return the table's path. Raises EvaluationError or CheckpointError."""
     out = Path(config.out)

@@ -125,6 +125,9 @@ class EvaluateConfig:
     """Segmentation: busi_seg, or own images with masks."""
 
 
+Config = EvaluateConfig  # its name up to version 0.1
+
+
 def main(config: EvaluateConfig) -> Path:
     """Run everything and return the output folder. Raises UserError."""
     started = time.time()
@@ -189,7 +192,7 @@ def with_tasks(config: EvaluateConfig) -> EvaluateConfig:
 def load_tasks(config: EvaluateConfig) -> list[Task]:
     """The tasks, with what is to be known of own data on the terminal. Raises UserError."""
     data = DATA / "classification" if own.NAME in config.tasks else Path(config.data)
-    source = own.Source(config.data, config.test, config.task, config.columns, config.classes, config.frames)
+    source = own.OwnData(config.data, config.test, config.task, config.columns, config.classes, config.frames)
     loaded = [
         own.load_own(source) if name == own.NAME else datasets.load_task(name, data, Path(config.blues))
         for name in config.tasks

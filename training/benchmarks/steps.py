@@ -26,7 +26,7 @@ TEMPERATURE = 0.5
 
 
 @dataclass
-class Problem:
+class Networks:
     """A training in its first steps (momentum buffers filled), and a batch to step on."""
 
     encoder: torch.nn.Module
@@ -45,7 +45,7 @@ def problem(name, settings, px, device, batch=None):
     cmw = CMWNet(encoder.num_features).to(device)
     optimizer = torch.optim.SGD(encoder.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     cmw_optimizer = torch.optim.Adam(cmw.parameters(), lr=6e-5)
-    p = Problem(encoder, cmw, optimizer, cmw_optimizer, *images(encoder, batch or settings.batch, px, device, layout))
+    p = Networks(encoder, cmw, optimizer, cmw_optimizer, *images(encoder, batch or settings.batch, px, device, layout))
     plain(p)
     return p
 

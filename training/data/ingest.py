@@ -5,7 +5,10 @@ the first one joins them in the index. What an interruption leaves undone is don
 """
 
 import sys
-from dataclasses import asdict
+import time
+import warnings
+import zlib
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,10 +21,12 @@ from training.data import index
 from training.data import workers as processes
 from training.data.cache import FrameCache, read_damage
 from training.data.index import CacheError, drop_damaged, join, read_log, unique
-from training.data.shard import FrameSettings, Work, do_share, stamp, writing
-from uscl_hub.clips import Clip, Report, find_clips
+from training.data.shard import FrameSettings, Work, do_share, writing
+from uscl_hub.clips import Clip, Report, UnreadableClip, content_hash, find_clips
+from uscl_hub.clips.read import read_clip
 from uscl_hub.files import write_json
 
+RECENT_SECONDS = 2.0  # a file changed so shortly before may change again without another time stamp
 CHECK_BYTES = 2 << 30  # of kept frames: so many are compared with their checksums at the start, a second's work
 
 
@@ -71,7 +76,7 @@ def ingest(
     folders = [Path(folder) / settings.key for folder in ([out] if isinstance(out, (str, Path)) else out)]
     work = Work(folders, settings, workers, progress and distributed.rank() == 0, sheets)
     if distributed.rank() != 0:
-        do_share(distributed.scatter(None), work)
+        do_share(distributed.scatter(None), work, prepare)
         return distributed.broadcast(None)
     passed = Report()
     clips, ours = without_results(find_clips(roots, frames, passed), roots)
@@ -100,7 +105,7 @@ def update(clips: list[Clip], work: Work, about: dict) -> tuple[FrameCache, dict
                 if place == folder or not (place / "settings.json").exists():
                     write_json(place / "settings.json", asdict(work.settings))
         check_kept([lines[clip.id] for clip in clips if clip.id in lines and clip.id not in failed], work)
-        failed |= do_share(distributed.scatter(deal(todo, runs + 1)), work)
+        failed |= do_share(distributed.scatter(deal(todo, runs + 1)), work, prepare)
         if todo or redo:
             lines, *_ = read_shards(work)
         if redo and writable:
@@ -163,6 +168,12 @@ def without_results(clips: list[Clip], roots) -> tuple[list[Clip], int]:
     return kept, len(clips) - len(kept)
 
 
+def stamp(clip: Clip) -> list[int]:
+    """Number of files, bytes and latest change: enough to see that a clip need not be hashed again."""
+    stats = [path.stat() for path in clip.files]
+    return [len(stats), sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)]
+
+
 def missing(clips: list[Clip], lines: dict[str, dict]) -> tuple[dict[str, str], list[tuple[Clip, list[int]]]]:
     """The reasons of clips that are gone, and the (clip, stamp) of those without a line or changed since."""
     failed, todo = {}, []
@@ -192,6 +203,50 @@ def deal(todo: list[tuple], run: int) -> list[tuple[int, list[tuple]]]:
     if ranks > 1:
         todo = sorted(todo, key=lambda clip_and_stamp: -clip_and_stamp[1][1])
     return [(run, todo[rank::ranks]) for rank in range(ranks)]
+
+
+# -------------------------------------------------------------------------------------------- how a clip is read
+
+
+def prepare(clip: Clip, settings: FrameSettings, known: frozenset, sheets: bool):
+    """One clip: its index line (without the offset), its frames uint8 (T, size, size) unless the content is already
+    known, and, if wanted, its tile for the sheet. A str is the reason why it cannot be read."""
+    try:
+        for _ in range(2):  # a file that changes while it is read gets a second try
+            before, sha256, hashed = stamp(clip), content_hash(clip), time.time()
+            if sha256 in known:
+                return {"sha256": sha256}, None, None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the decoders, and without the file's name
+                read = read_clip(
+                    clip, settings.size, crop=settings.crop, stride=settings.stride, max_frames=settings.max_frames
+                )
+            recent = abs(hashed - before[2] / 1e9) < RECENT_SECONDS
+            if (stamp(clip) == before and not recent) or content_hash(clip) == sha256:
+                line = index_line(read, sha256)
+                if len(clip.files) > 1:  # a test may hold single ones of them
+                    line["files"] = [content_hash(replace(clip, files=(path,))) for path in clip.files]
+                return line, read.images, (read.before, read.region, read.after) if sheets else None
+        return "the file changes while it is read"
+    except UnreadableClip as error:
+        return error.reason
+    except OSError as error:
+        return f"{type(error).__name__}: {error.strerror or error}"
+
+
+def index_line(read, sha256: str) -> dict:
+    return {
+        "sha256": sha256,
+        "frames": len(read.images),
+        "crc32": zlib.crc32(np.ascontiguousarray(read.images)),
+        "fps": read.fps,
+        "region": list(read.region.box),
+        "masked": read.region.mask is not None,
+        "height": read.before.shape[0],
+        "width": read.before.shape[1],
+        "text": read.text,
+        "notes": list(read.notes),
+    }
 
 
 # ---------------------------------------------------------------------------------------------- what was done

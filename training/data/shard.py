@@ -8,12 +8,11 @@ import hashlib
 import json
 import os
 import time
-import warnings
-import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 from tqdm import tqdm
@@ -22,14 +21,11 @@ from training import distributed
 from training.data import workers as processes
 from training.data.cache import read_damage
 from training.data.index import CacheError, drop_damaged, read_log
-from uscl_hub.clips import Clip, UnreadableClip, content_hash
 from uscl_hub.clips.pictures import before_after_sheet
-from uscl_hub.clips.read import read_clip
 from uscl_hub.files import InUse, locked, write_whole
 
 VERSION = 2  # of everything that decides the frames' values: decoding, cropping, resizing
 FLUSH_SECONDS = 2.0
-RECENT_SECONDS = 2.0  # a file changed so shortly before may change again without another time stamp
 PATIENCE = 60.0  # seconds that an ingest waits for another one into the same cache: trainings may start together
 
 
@@ -94,9 +90,9 @@ def writing(folder: Path):
         raise CacheError(str(error)) from None
 
 
-def do_share(share: tuple[int, list[tuple]], work: Work) -> dict[str, str]:
+def do_share(share: tuple[int, list[tuple]], work: Work, prepare: Callable) -> dict[str, str]:
     """Decode this rank's share into its shard, then wait for the others. Returns why clips failed, on the first rank
-    those of all."""
+    those of all. prepare: see `append`."""
     run, todo = share
     failed = {}
     if todo:
@@ -105,19 +101,18 @@ def do_share(share: tuple[int, list[tuple]], work: Work) -> dict[str, str]:
                 raise CacheError(f"{work.shard}: cannot be written to; name another cache folder")
             lines, end = read_log(work.shard, work.settings.size, repair=True)
             drop_damaged(lines, read_damage(work.shard))
-            failed = append(todo, lines, end, replace(work, run=run))
+            failed = append(todo, (lines, end), replace(work, run=run), prepare)
     return {name: reason for part in distributed.gather_values(failed) for name, reason in part.items()}
 
 
-def stamp(clip: Clip) -> list[int]:
-    """Number of files, bytes and latest change: enough to see that a clip need not be hashed again."""
-    stats = [path.stat() for path in clip.files]
-    return [len(stats), sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)]
+def append(todo, shard: tuple[dict[str, dict], int], work: Work, prepare: Callable) -> dict[str, str]:
+    """Decode (clip, stamp)s and append them to the shard; returns the reason of every clip that failed.
 
-
-def append(todo, lines: dict[str, dict], end: int, work: Work) -> dict[str, str]:
-    """Decode (clip, stamp)s and append them to the shard, whose lines and end of the frames are given; returns the
-    reason of every clip that failed."""
+    Args:
+        shard: its lines, by id, and the end of their frames.
+        prepare: reads a clip, in another process: `ingest.prepare`.
+    """
+    lines, end = shard
     failed, tiles = {}, []
     by_content = {line["sha256"]: line for line in lines.values()}
     cores = max(1, (os.cpu_count() or 1) // distributed.local_world())
@@ -148,47 +143,6 @@ def append(todo, lines: dict[str, dict], end: int, work: Work) -> dict[str, str]
         path = work.shard / "sheets" / f"{i // 40:03d}.png"
         write_whole(path, partial(before_after_sheet, tiles[i : i + 40]))
     return failed
-
-
-def prepare(clip: Clip, settings: FrameSettings, known: frozenset, sheets: bool):
-    """One clip: its index line (without the offset), its frames uint8 (T, size, size) unless the content is already
-    known, and, if wanted, its tile for the sheet. A str is the reason why it cannot be read."""
-    try:
-        for _ in range(2):  # a file that changes while it is read gets a second try
-            before, sha256, hashed = stamp(clip), content_hash(clip), time.time()
-            if sha256 in known:
-                return {"sha256": sha256}, None, None
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the decoders, and without the file's name
-                read = read_clip(
-                    clip, settings.size, crop=settings.crop, stride=settings.stride, max_frames=settings.max_frames
-                )
-            recent = abs(hashed - before[2] / 1e9) < RECENT_SECONDS
-            if (stamp(clip) == before and not recent) or content_hash(clip) == sha256:
-                line = index_line(read, sha256)
-                if len(clip.files) > 1:  # a test may hold single ones of them
-                    line["files"] = [content_hash(replace(clip, files=(path,))) for path in clip.files]
-                return line, read.images, (read.before, read.region, read.after) if sheets else None
-        return "the file changes while it is read"
-    except UnreadableClip as error:
-        return error.reason
-    except OSError as error:
-        return f"{type(error).__name__}: {error.strerror or error}"
-
-
-def index_line(read, sha256: str) -> dict:
-    return {
-        "sha256": sha256,
-        "frames": len(read.images),
-        "crc32": zlib.crc32(np.ascontiguousarray(read.images)),
-        "fps": read.fps,
-        "region": list(read.region.box),
-        "masked": read.region.mask is not None,
-        "height": read.before.shape[0],
-        "width": read.before.shape[1],
-        "text": read.text,
-        "notes": list(read.notes),
-    }
 
 
 class Writer:

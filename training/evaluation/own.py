@@ -14,7 +14,7 @@ TITLES = {"multilabel": "several labels", "regression": "regression", "segmentat
 
 
 @dataclass(frozen=True)
-class Source:
+class OwnData:
     """Where the labels are and how they are read. data, test: see `uscl_hub.labels.read_labels`; test: '' for folds.
     task: 'classification', 'multilabel', 'regression', 'segmentation', '' to see from the labels. columns: of the
     table; (): all labels. classes: only these, in this order; (): all. frames: 'images' or 'clip'."""
@@ -27,7 +27,7 @@ class Source:
     frames: str = "images"
 
 
-def load_own(source: Source) -> Task:
+def load_own(source: OwnData) -> Task:
     """The task of own data. Raises UserError, in one line, for labels that cannot be used."""
     found = _read(source, source.data)
     held_out = found.splits == "test"
@@ -46,7 +46,7 @@ def load_own(source: Source) -> Task:
     return _task(source, [cluster(part) for part in parts])
 
 
-def _read(source: Source, where: str) -> Labels:
+def _read(source: OwnData, where: str) -> Labels:
     found = read_labels(where, source.task or None, columns=source.columns, frames=source.frames)
     if not source.classes:
         return found
@@ -82,7 +82,7 @@ def _item(item: Labelled, name: str = "", prefix: str = "", values: tuple[float,
     return Item(id, item.clip.files[0], item.kind, name, group, item.masks, files=files, values=values)
 
 
-def _task(source: Source, parts: list[Labels]) -> Task:
+def _task(source: OwnData, parts: list[Labels]) -> Task:
     first, names = parts[0], [_name(part) for part in parts]
     items, external, notes = [], set(), []
     for number, (part, name) in enumerate(zip(parts, names)):

@@ -143,10 +143,10 @@ def _clips_of_folder(
     prefix = "/".join((source, *parent.relative_to(root).parts))
 
     def clip(name, kind, files):
-        return Clip(printable(f"{prefix}/{name}"), printable(source), kind, files, root)
+        return Clip(clean_name(f"{prefix}/{name}"), clean_name(source), kind, files, root)
 
     if names is None:
-        yield Clip(printable(prefix), printable(source), "closed", (parent,), root)
+        yield Clip(clean_name(prefix), clean_name(source), "closed", (parent,), root)
         return
     numbered = defaultdict(list)
     for name in sorted(names):
@@ -162,7 +162,7 @@ def _clips_of_folder(
     for (before, after, suffix, _), found in numbered.items():
         files = tuple(parent / name for _, name in sorted(found))
         name = f"{before}#{after}{suffix}"
-        if len(files) > 1 and _one_clip(files, frames, report, printable(f"{prefix}/{name}")):
+        if len(files) > 1 and _one_clip(files, frames, report, clean_name(f"{prefix}/{name}")):
             yield clip(name, "frames", files)
         else:
             for path in files:
@@ -182,7 +182,7 @@ def _kind(path: Path, report: Report, name: str) -> tuple[str | None, str]:
             return by_name, extension
         else:
             reason = f"cannot be looked at ({error.strerror})"
-        report.passed_over[reason].append(printable(name))
+        report.passed_over[reason].append(clean_name(name))
         return None, extension
     if stat.S_ISREG(mode):
         kind = by_name or ("dicom" if _looks_like_dicom(path) else None)
@@ -190,7 +190,7 @@ def _kind(path: Path, report: Report, name: str) -> tuple[str | None, str]:
     else:
         kind, reason = None, "not a regular file"
     if kind is None:
-        report.passed_over[reason].append(printable(name))
+        report.passed_over[reason].append(clean_name(name))
     return kind, extension
 
 
@@ -217,7 +217,7 @@ def _unique(clips: list[Clip]) -> list[Clip]:
     return [result[name] for name in sorted(result)]
 
 
-def printable(name: str) -> str:
+def clean_name(name: str) -> str:
     """A file's name as text, in one spelling (Unicode's NFC): bytes that are not UTF-8 are written out, as \\xff."""
     return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "backslashreplace"))
 

@@ -53,10 +53,10 @@ def _differs(clips: list[Clip], done: dict[str, str], digest) -> bool:
 
 
 def _longer(clip: Clip, place: str, places: dict[str, str]) -> str:
-    from uscl_hub.clips.find import printable
+    from uscl_hub.clips.find import clean_name
 
     parts = [part.strip("/\\:") or "root" for part in _root(clip).parts]
-    names = (printable("/".join(parts[-depth:])) for depth in range(clip.source.count("/") + 2, len(parts) + 1))
+    names = (clean_name("/".join(parts[-depth:])) for depth in range(clip.source.count("/") + 2, len(parts) + 1))
     name = next((name for name in names if places.get(name, place) == place), None)
     number = 2
     while name is None:

@@ -285,14 +285,14 @@ def test_a_signal_ends_the_ingest_at_once_and_keeps_what_is_done(demo, tmp_path,
         textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(REPO)!r})
-        from training.data import shard as module
-        from training.data.ingest import ingest
+        from training.data import ingest as module
+        from training.data import shard
         from training.messages import command
         {hang}
-        module.FLUSH_SECONDS = 0.0
+        shard.FLUSH_SECONDS = 0.0
         if __name__ == '__main__':
             settings = dict(size=32, workers=2, progress=False)
-            command(lambda: ingest([{str(demo)!r}], {str(tmp_path / "out")!r}, **settings))
+            command(lambda: module.ingest([{str(demo)!r}], {str(tmp_path / "out")!r}, **settings))
     """)
     )
     process = subprocess.Popen([sys.executable, str(path)], stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -469,7 +469,7 @@ def test_an_index_that_makes_no_sense_is_refused(demo, tmp_path, change):
 @pytest.mark.parametrize("times", [1, 99])
 def test_a_file_that_changes_between_hash_and_decode(tmp_path, monkeypatch, times):
     """Changed once it is read again; changed each time it is named. Frames never go with another content's hash."""
-    import training.data.shard as module
+    import training.data.ingest as module
 
     path, changes, read = tmp_path / "data" / "a.mp4", [], module.read_clip
     write_video(path, simulate_clip("lung", 3, 48, seed=1))

@@ -9,7 +9,7 @@ import torch
 from training import run
 from training.data import batches
 from training.engine import sources
-from training.engine.sources import Source, initialise
+from training.engine.sources import Pretrained, initialise
 from training.method.loss import info_nce
 from training.method.networks import Encoder
 from uscl_hub.checkpoints import CheckpointError
@@ -23,7 +23,7 @@ def teacher(monkeypatch):
     def load(spec):
         torch.manual_seed(sum(map(ord, spec)))
         model = timm.create_model("test_efficientnet", num_classes=0).eval()
-        return Source(model, 0.5, 0.5, {"name": spec, "licence": "apache-2.0", "data": "none"})
+        return Pretrained(model, 0.5, 0.5, {"name": spec, "licence": "apache-2.0", "data": "none"})
 
     monkeypatch.setattr(sources, "load", load)
     monkeypatch.setattr("training.engine.distil.FIT", 512)
@@ -131,14 +131,14 @@ def test_a_folder_without_a_config_is_named(tmp_path, content):
 
 
 def test_a_start_that_does_not_fit_is_refused():
-    other = Source(timm.create_model("test_efficientnet", num_classes=0), 0.18, 0.24, {"name": "other"})
+    other = Pretrained(timm.create_model("test_efficientnet", num_classes=0), 0.18, 0.24, {"name": "other"})
     with pytest.raises(CheckpointError, match="model.init: other does not fit"):
         initialise(timm.create_model("test_resnet", num_classes=0), other)
 
 
 def test_our_normalisation_goes_into_the_first_layers():
     torch.manual_seed(0)
-    source = Source(timm.create_model("test_efficientnet", num_classes=0).eval(), 0.5, 0.4, {"name": "x"})
+    source = Pretrained(timm.create_model("test_efficientnet", num_classes=0).eval(), 0.5, 0.4, {"name": "x"})
     for module in source.model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)

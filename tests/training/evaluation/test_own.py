@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.evaluation.own import Source, load_own
+from training.evaluation.own import OwnData, load_own
 from training.evaluation.task import TaskError
 from uscl_hub.errors import UserError
 
@@ -34,7 +34,7 @@ def table(root, header, rows, seed=0):
 
 
 def test_a_folder_of_classes(tmp_path):
-    task = load_own(Source(str(classes(tmp_path / "mine"))))
+    task = load_own(OwnData(str(classes(tmp_path / "mine"))))
     assert (task.name, task.kind, task.classes) == ("own", "classification", ("benign", "malignant"))
     assert task.labels.tolist() == [0] * 4 + [1] * 4 and len(set(task.groups)) == 8 and not task.external
     assert task.title == "mine: benign / malignant" and task.items[0].id == "mine/benign/0.png"
@@ -44,16 +44,16 @@ def test_a_folder_of_classes(tmp_path):
 
 def test_chosen_classes(tmp_path):
     folder = classes(tmp_path / "mine", ("a", "b", "c"))
-    task = load_own(Source(str(folder), classes=("c", "a")))
+    task = load_own(OwnData(str(folder), classes=("c", "a")))
     assert task.classes == ("c", "a") and sorted(task.labels.tolist()) == [0] * 4 + [1] * 4
     assert {item.id.split("/")[1] for item, label in zip(task.items, task.labels) if label == 0} == {"c"}
     with pytest.raises(TaskError, match="--classes: no d; its classes are a, b, c"):
-        load_own(Source(str(folder), classes=("a", "d")))
+        load_own(OwnData(str(folder), classes=("a", "d")))
 
 
 def test_another_folder_is_the_test(tmp_path):
     first, second = classes(tmp_path / "one" / "x"), classes(tmp_path / "two" / "x", count=3, seed=1000)
-    task = load_own(Source(str(first), str(second)))
+    task = load_own(OwnData(str(first), str(second)))
     assert len(task.items) == 14 and len(task.external) == 6 and task.title.endswith(", tested on x")
     tested = [item for item in task.items if item.id in task.external]
     assert all(str(second) in str(item.path) for item in tested)
@@ -65,7 +65,7 @@ def test_groups_of_one_name_in_both_sets_are_different_patients_and_said(tmp_pat
     rows = [(f"{c}{i}.png", c, f"p{i}") for c in "ab" for i in range(3)]
     first = table(tmp_path / "one", "path,label,group", rows)
     second = table(tmp_path / "two", "path,label,group", rows[:2] + rows[3:5], seed=500)
-    task = load_own(Source(str(first), str(second)))
+    task = load_own(OwnData(str(first), str(second)))
     assert {item.group for item in task.items} == {*(f"one/p{i}" for i in range(3)), "two/p0", "two/p1"}
     assert any(note.startswith("2 group name(s) stand in both sets, as p0") for note in task.notes)
 
@@ -73,11 +73,11 @@ def test_groups_of_one_name_in_both_sets_are_different_patients_and_said(tmp_pat
 def test_rows_of_the_split_test_are_the_test(tmp_path):
     rows = [(f"{c}{i}.png", c, "test" if i == 2 else "train" if i else "val") for c in "ab" for i in range(3)]
     folder = table(tmp_path / "mine", "path,label,split", rows)
-    task = load_own(Source(str(folder)))
+    task = load_own(OwnData(str(folder)))
     assert {task_id.rsplit("/")[-1] for task_id in task.external} == {"a2.png", "b2.png"} and len(task.items) == 6
     assert "tested on its split 'test'" in task.title
     with pytest.raises(TaskError, match="rows of the split 'test', and --test"):
-        load_own(Source(str(folder), str(classes(tmp_path / "other", seed=900))))
+        load_own(OwnData(str(folder), str(classes(tmp_path / "other", seed=900))))
 
 
 @pytest.mark.parametrize(
@@ -88,18 +88,18 @@ def test_rows_of_the_split_test_are_the_test(tmp_path):
     ],
 )  # fmt: skip
 def test_values_and_several_labels(tmp_path, header, value, kind, names, targets):
-    task = load_own(Source(str(table(tmp_path / "mine", header, [(f"{i}.png", *value(i)) for i in range(6)]))))
+    task = load_own(OwnData(str(table(tmp_path / "mine", header, [(f"{i}.png", *value(i)) for i in range(6)]))))
     assert (task.kind, task.classes) == (kind, names) and task.targets.tolist() == targets
     assert task.targets.dtype == np.float32 and task.strata.dtype.kind == "i"
     with pytest.raises(TaskError, match=f"--classes is for classification, this is {kind}"):
-        load_own(Source(str(tmp_path / "mine"), classes=("x",)))
+        load_own(OwnData(str(tmp_path / "mine"), classes=("x",)))
 
 
 def test_images_with_masks(tmp_path):
     for i in range(4):
         picture(tmp_path / "mine" / f"{i}.png", i)
         Image.fromarray(np.full((40, 48), 255, np.uint8)).save(tmp_path / "mine" / f"{i}_mask.png")
-    task = load_own(Source(str(tmp_path / "mine")))
+    task = load_own(OwnData(str(tmp_path / "mine")))
     assert task.kind == "segmentation" and [len(item.masks) for item in task.items] == [1] * 4
     assert task.labels.tolist() == [0] * 4 and task.title == "mine: segmentation"
 
@@ -109,7 +109,7 @@ def test_a_numbered_series_is_one_item(tmp_path):
         for clip in range(3):
             for i in range(3):
                 picture(tmp_path / "mine" / name / f"clip{clip}" / f"f{i}.png", 100 * label + 10 * clip + i)
-    task = load_own(Source(str(tmp_path / "mine"), frames="clip"))
+    task = load_own(OwnData(str(tmp_path / "mine"), frames="clip"))
     assert len(task.items) == 6 and task.has_video and all(len(item.file_sha256) == 3 for item in task.items)
 
 
@@ -126,11 +126,11 @@ def test_what_cannot_test_is_refused(tmp_path, change, said):
     first, second = classes(tmp_path / "one"), classes(tmp_path / "two", seed=1000)
     change(first, second)
     with pytest.raises(UserError, match=said) as error:
-        load_own(Source(str(first), str(second)))
+        load_own(OwnData(str(first), str(second)))
     assert "\n" not in str(error.value)
 
 
 def test_nothing_to_learn_from(tmp_path):
     rows = [(f"{c}{i}.png", c, "test") for c in "ab" for i in range(3)]
     with pytest.raises(TaskError, match="every row is of the split 'test'"):
-        load_own(Source(str(table(tmp_path, "path,label,split", rows))))
+        load_own(OwnData(str(table(tmp_path, "path,label,split", rows))))
