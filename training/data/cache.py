@@ -145,7 +145,7 @@ class FrameCache:
     @cached_property
     def shards(self) -> list[Path]:
         """Their folders, by number."""
-        return [self.path] if self.logs is None else [self.folders[log.folder] / log.name for log in self.logs]
+        return [self.folders[log.folder] / log.name for log in self.logs or ()] or [self.path]
 
     @cached_property
     def frames(self) -> np.ndarray:

@@ -235,7 +235,8 @@ def test_an_empty_cache(tmp_path):
     (tmp_path / "nothing").mkdir()
     cache = ingest([tmp_path / "nothing"], tmp_path / "out", min_clips=0, **SETTINGS)
     assert len(cache) == 0 and cache.ids == cache.sources == cache.sha256 == [] and cache.source_names == []
-    assert len(FrameCache.open(tmp_path / "out")) == 0
+    for other in (FrameCache.open(tmp_path / "out"), pickle.loads(pickle.dumps(cache))):
+        assert len(other) == 0 and other.frames.shape == (0, 32, 32)
 
 
 def test_folders_of_different_settings_are_no_cache(demo, tmp_path):
