@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a real hub
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they would wait for each other's threads
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
 @pytest.fixture(scope="session", autouse=True)
