@@ -21,6 +21,7 @@ from training.data.provenance import chain
 from training.evaluation.frames import cached
 from training.evaluation.task import EvaluationError, Task
 from uscl_hub.clips import UnreadableClip
+from uscl_hub.clips.pictures import contact_sheet, tile
 from uscl_hub.clips.read import read_clip
 from uscl_hub.errors import UserError
 from uscl_hub.files import write_whole
@@ -199,22 +200,21 @@ def _frames_of(item, settings: dict) -> list[tuple[np.ndarray, str]]:
 
 
 def picture(pairs: list[LookAlike], folder: Path, path: Path) -> bool:
-    """Write the first pairs, one above the other: the item's frame, and what it looks like where that is here.
+    """Write the first pairs: the item's frame, and beside it what it looks like where that is here.
 
     folder: of the backbone; its training's frame cache is looked for beside it. Returns whether there was anything.
     """
     wanted = {pair.clip for pair in pairs[:SHOWN] if pair.other is None}
     frames = _pretraining(folder, wanted) if wanted else {}
     frames |= {pair.clip: pair.other[None] for pair in pairs[:SHOWN] if pair.other is not None}
-    sheet = Image.new("L", ((SIDE + 4) * min(len(pairs), SHOWN) + 4, 2 * SIDE + 12), 255)
-    for i, pair in enumerate(pairs[:SHOWN]):
-        left = 4 + i * (SIDE + 4)
-        sheet.paste(Image.fromarray(pair.image), (left, 4))
-        if (others := frames.get(pair.clip)) is not None:
-            best = min(others, key=lambda frame: difference(frame, pair.image))
-            sheet.paste(Image.fromarray(best).resize((SIDE, SIDE)), (left, SIDE + 8))
+    tiles = []
+    for pair in pairs[:SHOWN]:
+        others = frames.get(pair.clip, ())
+        best = sorted(others, key=lambda frame: difference(frame, pair.image))[:1]
+        shown = [Image.fromarray(frame).resize((2 * SIDE, 2 * SIDE)) for frame in (pair.image, *best)]
+        tiles.append(tile(shown))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda part: sheet.resize((2 * sheet.width, 2 * sheet.height)).save(part, "PNG"))
+    write_whole(path, lambda part: contact_sheet(tiles).save(part, "PNG"))
     return bool(frames)
 
 

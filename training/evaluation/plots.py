@@ -27,7 +27,7 @@ def plot(result: dict, arrays: dict, folder: Path) -> list[tuple[Path, str]]:
         drawn.append((folder / f"{name}.png", caption))
 
     for number, alike in enumerate(result.get("look_alikes", ())):  # drawn when they were found
-        caption = f"{alike['backbone']}: below each file the picture it looks like (blank: only its hash is known)"
+        caption = f"{alike['backbone']}: beside each file the picture it looks like (alone: only its hash is known)"
         drawn.append((folder / f"look_alikes_{number}.png", caption))
     for name, task in result["tasks"].items():
         rows = sorted((r for r in result["results"] if r["task"] == name and r["level"] != "frame"), key=in_order)

@@ -4,9 +4,10 @@ import csv
 from functools import partial
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from uscl_hub.clips.pictures import contact_sheet, tile
 from uscl_hub.files import write_whole
 
 RANKINGS = {"weight": 1, "similarity": 1, "loss": -1}  # times it: the lower, the more suspicious
@@ -88,13 +89,5 @@ def write_sheet(path, pictures, titles, columns=5):
     Args:
         pictures: uint8 (n, 2, S, S); titles: n lines of text.
     """
-    n, _, side, _ = pictures.shape
-    width, height, line = 2 * side + 6, side + 18, 12
-    sheet = Image.new("L", (columns * width, -(-n // columns) * height), 30)
-    draw = ImageDraw.Draw(sheet)
-    for i, (pair, title) in enumerate(zip(pictures, titles)):
-        x, y = i % columns * width, i // columns * height
-        for view, picture in enumerate(pair):
-            sheet.paste(Image.fromarray(picture), (x + view * (side + 2), y + line))
-        draw.text((x + 1, y), title[-(width // 6) :], fill=220)
-    write_whole(path, partial(sheet.save, format="PNG"))
+    tiles = [tile([Image.fromarray(view) for view in pair], title) for pair, title in zip(pictures, titles)]
+    write_whole(path, partial(contact_sheet(tiles, columns).save, format="PNG"))

@@ -1,34 +1,59 @@
-"""Contact sheets to check the crop by eye."""
+"""Contact sheets: pictures to look at, side by side, each with a line of text."""
 
-from typing import Iterable
+from typing import Iterable, Sequence
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from uscl_hub.clips.crop import Region
 
+GAP, LINE = 3, 12  # pixels between pictures, and of a line of text
+LETTER = 6  # pixels, of Pillow's own font
+DARK, LIGHT, YELLOW = (30, 30, 30), (220, 220, 220), (255, 200, 0)
+SIDE = 160  # pixels of the pictures before and after the crop
 
-def before_after_sheet(clips: Iterable[tuple[str, np.ndarray, Region, np.ndarray]], path, columns: int = 4):
-    """PNG of clip id, a frame uint8 (H, W), its region, and the frame after the crop, side by side."""
-    from PIL import Image, ImageDraw
 
-    side, tiles = 160, []
+def tile(pictures: Sequence[Image.Image], text: str = "") -> Image.Image:
+    """Pictures side by side; above them a line of text, without its beginning where it is too long."""
+    top = LINE if text else 0
+    width, height = (sum(p.width + GAP for p in pictures), max(p.height for p in pictures) + top + GAP)
+    tile, left = Image.new("RGB", (width, height), DARK), 0
+    for picture in pictures:
+        tile.paste(picture, (left, top))
+        left += picture.width + GAP
+    shown = text[-(width // LETTER) :].encode("latin-1", "replace").decode("latin-1")  # what that font has
+    ImageDraw.Draw(tile).text((1, 0), shown, fill=LIGHT)
+    return tile
+
+
+def contact_sheet(tiles: Sequence[Image.Image], columns: int = 4) -> Image.Image:
+    """Tiles in rows, each in a place of the largest one's size."""
+    width, height = max(t.width for t in tiles), max(t.height for t in tiles)
+    sheet = Image.new("RGB", (width * min(columns, len(tiles)), height * -(-len(tiles) // columns)), DARK)
+    for i, t in enumerate(tiles):
+        sheet.paste(t, (width * (i % columns), height * (i // columns)))
+    return sheet
+
+
+def before_after_sheet(clips: Iterable[tuple[str, np.ndarray, Region, np.ndarray]], path) -> None:
+    """Write a PNG of what the crop does: clip id, a frame uint8 (H, W), its region, the frame after the crop."""
+    tiles = []
     for name, frame, region, after in clips:
-        tile = Image.new("RGB", (2 * side + 6, side + 14), (30, 30, 30))
         before = Image.fromarray(frame).convert("RGB")
         ImageDraw.Draw(before).rectangle(
             (region.left, region.top, region.right - 1, region.bottom - 1),
-            outline=(255, 200, 0),
+            outline=YELLOW,
             width=max(1, max(before.size) // 150),
         )
-        for x, picture in ((0, before), (side + 3, Image.fromarray(np.ascontiguousarray(after)))):
-            picture.thumbnail((side, side))
-            tile.paste(picture, (x, 12))
-        ImageDraw.Draw(tile).text((2, 0), name[-52:], fill=(220, 220, 220))
-        tiles.append(tile)
-    if not tiles:
-        return
-    rows = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (columns * tiles[0].width, rows * tiles[0].height))
-    for i, tile in enumerate(tiles):
-        sheet.paste(tile, (i % columns * tile.width, i // columns * tile.height))
-    sheet.save(path)
+        pictures = [_within(picture) for picture in (before, Image.fromarray(np.ascontiguousarray(after)))]
+        tiles.append(tile(pictures, name))
+    if tiles:
+        contact_sheet(tiles).save(path, "PNG")
+
+
+def _within(picture: Image.Image) -> Image.Image:
+    """In the middle of a square of SIDE pixels, smaller if it must be."""
+    picture.thumbnail((SIDE, SIDE))
+    square = Image.new("RGB", (SIDE, SIDE), DARK)
+    square.paste(picture, ((SIDE - picture.width) // 2, (SIDE - picture.height) // 2))
+    return square

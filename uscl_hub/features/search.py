@@ -8,16 +8,18 @@ import numpy as np
 from uscl_hub import sources
 from uscl_hub.checkpoints import CheckpointError
 from uscl_hub.clips import UnreadableClip, find_clips
+from uscl_hub.clips.pictures import contact_sheet, tile
 from uscl_hub.clips.read import read_clip
 from uscl_hub.features.network import features_of, fingerprint, placed
-from uscl_hub.features.table import TableError, read_clips, read_settings
-from uscl_hub.features.thumbnails import contact_sheet, make_thumbnail
+from uscl_hub.features.table import THUMBNAIL, TableError, read_clips, read_settings
+from uscl_hub.features.thumbnails import make_thumbnail, open_thumbnail
 from uscl_hub.files import write_whole
 from uscl_hub.load import load_meta_uscl_backbone
 from uscl_hub.preprocess import create_transform
 from uscl_hub.tensors import shorten
 
 LARGEST = 1e18  # of a feature: the square of a larger one may be infinite
+SIDE = 2 * THUMBNAIL  # pixels of a picture in the sheet
 
 
 def search(query, features, *, k: int = 5, sheet=None, device: str = "cpu") -> list[dict]:
@@ -50,8 +52,9 @@ def search(query, features, *, k: int = 5, sheet=None, device: str = "cpu") -> l
     similarity = unit @ (vector / max(np.linalg.norm(vector), 1e-12))
     best = sorted(others, key=lambda i: -similarity[i])[:k]
     if sheet:
-        tiles = [(f"query {Path(query).name}", picture)]
-        tiles += [(f"{similarity[i]:.3f} {ids[i]}", thumbnails[i]) for i in best]
+        shown = [(f"query {Path(query).name}", picture)]
+        shown += [(f"{ids[i]} {similarity[i]:.3f}", thumbnails[i]) for i in best]
+        tiles = [tile([open_thumbnail(png).resize((SIDE, SIDE))], text) for text, png in shown]
         write_whole(sheet, lambda file: contact_sheet(tiles).save(file, "PNG"))
     counts = table["frames"].to_pylist()
     return [{"clip": ids[i], "similarity": float(similarity[i]), "frames": counts[i]} for i in best]

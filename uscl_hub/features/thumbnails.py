@@ -1,9 +1,9 @@
-"""Thumbnails of a feature table, and the contact sheet of `uscl-hub search`."""
+"""Thumbnails of a feature table."""
 
 import io
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from uscl_hub.clips.read import Frames
 from uscl_hub.features.table import THUMBNAIL, TableError
@@ -12,8 +12,12 @@ from uscl_hub.preprocess import resize
 
 def make_thumbnail(frames: Frames) -> bytes:
     """PNG of a clip's frame after the crop."""
+    return to_png(Image.fromarray(resize(np.ascontiguousarray(frames.after), THUMBNAIL)))
+
+
+def to_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(resize(np.ascontiguousarray(frames.after), THUMBNAIL)).save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -26,17 +30,3 @@ def open_thumbnail(png: bytes) -> Image.Image:
             return image.convert("L")
     except Exception as error:  # Pillow's parsers raise nearly anything on hostile bytes
         raise TableError(f"the feature table's thumbnails are not those of `uscl-hub embed` ({error})") from error
-
-
-def contact_sheet(tiles: list[tuple[str, bytes]], columns: int = 4) -> Image.Image:
-    """A picture of (caption, png) tiles."""
-    cell, margin, caption = 2 * THUMBNAIL, 6, 16
-    lines = -(-len(tiles) // columns)
-    sheet = Image.new("L", (columns * (cell + margin) + margin, lines * (cell + caption + margin) + margin), 255)
-    draw = ImageDraw.Draw(sheet)
-    for i, (text, png) in enumerate(tiles):
-        x, y = margin + i % columns * (cell + margin), margin + i // columns * (cell + caption + margin)
-        sheet.paste(open_thumbnail(png).resize((cell, cell)), (x, y))
-        short = text if len(text) <= 30 else text[:8] + "..." + text[-19:]
-        draw.text((x, y + cell + 2), short.encode("latin-1", "replace").decode("latin-1"), fill=0)
-    return sheet

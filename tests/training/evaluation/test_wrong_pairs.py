@@ -87,4 +87,4 @@ def test_the_sheet_has_every_picture(tmp_path):
     pictures = np.arange(1, 15, dtype=np.uint8).reshape(7, 2, 1, 1).repeat(20, 2).repeat(20, 3) * 10
     suspects.write_sheet(tmp_path / "a.png", pictures, [f"clip {i}" for i in range(7)])
     sheet = np.asarray(Image.open(tmp_path / "a.png"))
-    assert sheet.shape == (2 * 38, 5 * 46) and set(range(10, 150, 10)) <= set(np.unique(sheet))
+    assert sheet.shape == (2 * 35, 5 * 46, 3) and set(range(10, 150, 10)) <= set(np.unique(sheet))
