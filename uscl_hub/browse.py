@@ -17,9 +17,9 @@ from PIL import Image
 from uscl_hub.clips import UnreadableClip, find_clips
 from uscl_hub.clips.read import read_clip
 from uscl_hub.errors import UserError
-from uscl_hub.features.table import THUMBNAIL, read_clips
-from uscl_hub.features.thumbnails import open_thumbnail
-from uscl_hub.labels.rows import read_rows
+from uscl_hub.features.table import THUMBNAIL, import_pyarrow, read_clips
+from uscl_hub.features.thumbnails import open_thumbnail, to_png
+from uscl_hub.labels.rows import as_id, of_longest_end, read_rows
 from uscl_hub.signals import signals_interrupt
 
 HOST = "127.0.0.1"
@@ -51,7 +51,8 @@ def browse(table, *, add=None, colour: str | None = None, port: int = 0, open_br
         raise ImportError("browse needs Renumics Spotlight: pip install 'uscl-hub[browse]'") from error
     columns, vectors = read(table)
     if add is not None:
-        columns |= joined(columns["clip"], add)
+        for name, values in joined(columns["clip"], add).items():
+            columns[f"{name} of {Path(add).name}" if name in columns else name] = values
     colour = colour or ("label" if "label" in columns else "folder")
     if colour not in columns or colour == "picture":
         raise UserError(f"--colour {colour}: there is no such column; there are {', '.join(columns)}")
@@ -80,7 +81,7 @@ def read(table) -> tuple[dict[str, list], np.ndarray]:
     if path.suffix.lower() == ".parquet" and not _of_predict(path):
         rows = read_clips(path)
         names, vectors = rows["clip"].to_pylist(), np.array(rows["feature"].to_pylist(), np.float32)
-        pictures = [png(open_thumbnail(thumbnail)) for thumbnail in rows["thumbnail"].to_pylist()]
+        pictures = [to_png(open_thumbnail(thumbnail)) for thumbnail in rows["thumbnail"].to_pylist()]
         columns: dict[str, list] = {"frames": rows["frames"].to_pylist()}
     else:
         names, columns, vectors = _predictions(path)
@@ -92,8 +93,6 @@ def read(table) -> tuple[dict[str, list], np.ndarray]:
 
 
 def _of_predict(path: Path) -> bool:
-    from uscl_hub.features.table import import_pyarrow
-
     _, pq = import_pyarrow()
     try:
         return {"path", "clip", "frame"} <= set(pq.read_schema(path).names)
@@ -134,20 +133,15 @@ def _pictures(paths: list, frames: list) -> list[bytes]:
                 known = {path: np.full((1, THUMBNAIL, THUMBNAIL), 128, np.uint8)}
         images = known[path]
         number = len(images) // 2 if frame != frame else min(int(frame), len(images) - 1)
-        pictures.append(png(Image.fromarray(images[number])))
+        pictures.append(to_png(Image.fromarray(images[number])))
     return pictures
 
 
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def joined(clips: list[str], path) -> dict[str, list]:
-    """The other columns of a table with a column clip or path, in the order of the clips; None where it has no row.
+    """The other columns of a table with a column clip or path, in the order of the clips; NaN or "" where it has no
+    row.
 
-    A path is matched with the clip's id by its end, whole names only.
+    A path is matched with the clip's id by its end, whole names only, with or without the extension.
     """
     rows = read_rows(path)
     key = next((name for name in ("clip", "path") if name in rows[0]), None)
@@ -155,22 +149,16 @@ def joined(clips: list[str], path) -> dict[str, list]:
         raise UserError(f"{path}: has neither a column clip nor path; its header is {', '.join(rows[0])}")
     found: dict[str, dict] = {}
     for row in rows:
-        found.setdefault(row[key].replace("\\", "/").strip("/"), row)
+        found.setdefault(as_id(row[key]), row)
     ends: dict[str, dict] = {}
     for name, row in found.items():
         parts = name.split("/")
         ends |= {"/".join(parts[i:]): row for i in range(len(parts))}
-    by_id = [_row(clip, found, ends) for clip in clips]
+    by_id = [of_longest_end(clip, found) or ends.get(clip) for clip in clips]
     if not any(by_id):
         raise UserError(f"{path}: names none of the {len(clips)} clips, such as {clips[0]}")
     names = [name for name in rows[0] if name not in (*OF_PREDICT, key)]
     return {name: typed([row[name] if row else "" for row in by_id]) for name in names}
-
-
-def _row(clip: str, found: dict[str, dict], ends: dict[str, dict]) -> dict | None:
-    """The row of the longest end of the clip's id, or whose path ends as the id does."""
-    parts = clip.split("/")
-    return next((found[end] for i in range(len(parts)) if (end := "/".join(parts[i:])) in found), ends.get(clip))
 
 
 def nearest(clips: list[str], vectors: np.ndarray, pictures: list[bytes]) -> tuple[list[str], list[bytes]]:
@@ -186,7 +174,7 @@ def nearest(clips: list[str], vectors: np.ndarray, pictures: list[bytes]) -> tup
         strip = Image.new("L", (THUMBNAIL * NEIGHBOURS, THUMBNAIL), 255)
         for place, j in enumerate(best):
             strip.paste(tiles[j], (THUMBNAIL * place, 0))
-        strips.append(png(strip))
+        strips.append(to_png(strip))
     return texts, strips
 
 

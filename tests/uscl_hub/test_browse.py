@@ -83,6 +83,8 @@ def test_columns_of_another_table(scans, tmp_path):
     (tmp_path / "labels.csv").write_text("path,label,age\ndark/a.png,cyst,30\nbright/a.png,normal,\n")
     given = joined(clips, tmp_path / "labels.csv")
     assert given["label"] == ["normal", "cyst", ""] and given["age"][1] == 30 and np.isnan(given["age"][0])
+    (tmp_path / "nfd.csv").write_text("path,label\nbrust/u\u0308bung.png,cyst\n", encoding="utf-8")
+    assert joined(["brust/\u00fcbung.png"], tmp_path / "nfd.csv") == {"label": ["cyst"]}
     wrong = (("name,label\na,b\n", "neither a column clip nor path"), ("path,label\nx/y.png,b\n", "none of"))
     for text, words in wrong:
         (tmp_path / "wrong.csv").write_text(text)

@@ -8,7 +8,7 @@ from typing import Callable, Iterable, Sequence
 
 import numpy as np
 
-from uscl_hub.labels.rows import read_rows
+from uscl_hub.labels.rows import as_id, of_longest_end, read_rows
 
 
 def assign_groups(
@@ -49,25 +49,12 @@ def _by_csv(ids: Iterable[str], path: Path) -> list[str]:
         raise ValueError(f"{path}: no column {' or '.join(sorted(missing))}; its header needs path and group")
     groups = {}
     for number, row in enumerate(rows, start=1):
-        key, group = row["path"].replace("\\", "/").strip("/"), row["group"]
-        key = unicodedata.normalize("NFC", key)  # as the ids are
+        key, group = as_id(row["path"]), row["group"]
         if not key or not group:
             raise ValueError(f"{path}, row {number}: path or group is empty")
         if groups.setdefault(key, group) != group:
             raise ValueError(f"{path}, row {number}: {key} is in two groups, {groups[key]} and {group}")
-    return _of_each(ids, lambda clip: _lookup(clip, groups), str(path))
-
-
-def _lookup(clip: str, groups: dict[str, str]) -> str | None:
-    """The longest end of the id that the csv has: 'a/b/c.mp4', 'b/c.mp4', 'c.mp4', then the same without '.mp4'."""
-    suffix = Path(clip).suffix
-    stem = clip[: -len(suffix)] if suffix else clip
-    for i in range(clip.count("/") + 1):
-        for text in (clip, stem):
-            key = text.split("/", i)[-1]
-            if key in groups:
-                return groups[key]
-    return None
+    return _of_each(ids, lambda clip: of_longest_end(clip, groups), str(path))
 
 
 def _of_each(ids: Iterable[str], find: Callable[[str], str | None], where: str) -> list[str]:

@@ -2,12 +2,16 @@
 
 import csv
 import io
+import unicodedata
 from pathlib import Path
+from typing import Mapping, TypeVar
 
 from uscl_hub.errors import UserError
 from uscl_hub.files import open_regular
 
 MAX_BYTES = 512 * 2**20  # of a CSV
+
+T = TypeVar("T")
 
 
 def read_rows(path: Path | str) -> list[dict[str, str]]:
@@ -83,3 +87,20 @@ def _not_empty(path: Path, rows: list) -> list:
     if not rows:
         raise UserError(f"{path}: has no rows")
     return rows
+
+
+def as_id(path: str) -> str:
+    """A path in a table as clip ids are spelled."""
+    return unicodedata.normalize("NFC", path.replace("\\", "/").strip("/"))
+
+
+def of_longest_end(clip: str, table: Mapping[str, T]) -> T | None:
+    """What the table has for a clip's id or for its longest end, whole names only, each with the extension and without.
+
+    >>> of_longest_end("clinic/p1/a.mp4", {"a.mp4": 1, "p1/a": 2})
+    2
+    """
+    suffix = Path(clip).suffix
+    stem = clip[: -len(suffix)] if suffix else clip
+    ends = (text.split("/", i)[-1] for i in range(clip.count("/") + 1) for text in (clip, stem))
+    return next((table[end] for end in ends if end in table), None)
