@@ -61,6 +61,28 @@ def read_ahead(look: Callable, clips: list[Clip], stopped: threading.Event, prog
     return tqdm(ahead(read, clips, threads=1), total=len(clips), unit="clip", disable=not progress)
 
 
+def batches(found: Iterable[tuple], size: int, pending: list[tuple]) -> Iterator[list[tuple]]:
+    """(clip, content hash, Frames) triples in lists of `size` frames at least, but for the last.
+
+    pending: is filled with what has been read and is in no list yet.
+    """
+    waiting = 0
+    for one in found:
+        pending.append(one)
+        waiting += len(one[2].images)
+        if waiting >= size:
+            yield _taken(pending)
+            waiting = 0
+    if pending:
+        yield _taken(pending)
+
+
+def _taken(pending: list[tuple]) -> list[tuple]:
+    taken = pending.copy()
+    pending.clear()
+    return taken
+
+
 def ahead(
     function: Callable, items: Iterable, threads: int, start: Callable | None = None, *args
 ) -> Generator[Any, None, None]:

@@ -23,11 +23,12 @@ from scipy.special import entr
 from uscl_hub.classifier import Meaning, load_classifier, read_meaning, run
 from uscl_hub.clips import content_hash
 from uscl_hub.clips.clip import path_of
+from uscl_hub.clips.pictures import YELLOW, contact_sheet
 from uscl_hub.clips.read import Frames, read_clip
 from uscl_hub.errors import UserError
 from uscl_hub.features.network import placed, side_by_side
 from uscl_hub.files import check_room, finished, locked, open_regular, write_json, write_whole
-from uscl_hub.inputs import ahead, find_inputs, nothing_read, read_ahead, unknown_files, write_report
+from uscl_hub.inputs import ahead, batches, find_inputs, nothing_read, read_ahead, unknown_files, write_report
 from uscl_hub.preprocess import normalise
 
 BATCH = 64
@@ -146,7 +147,7 @@ def _run_all(clips, kept: dict, network, meaning: Meaning, partial: Path, shown:
 
     results: dict[str, dict] = {}
     failed: list[dict] = []
-    waiting = _batches(read_ahead(look, clips, stopped, progress), failed, results, kept)
+    waiting = batches(_new(read_ahead(look, clips, stopped, progress), failed, results, kept), BATCH, [])
     try:
         with open(partial / "clips.jsonl", "a", encoding="utf-8") as log, side_by_side(device) as workers:
             with contextlib.closing(ahead(say, waiting, *workers)) as computed:
@@ -161,24 +162,15 @@ def _run_all(clips, kept: dict, network, meaning: Meaning, partial: Path, shown:
     return [results[clip.id] for clip in clips if clip.id in results], failed
 
 
-def _batches(found: Iterable, failed: list, results: dict, kept: dict) -> Iterator[list[tuple]]:
-    """Lists of read clips, of BATCH frames at least but for the last; what cannot be read goes to `failed`, what an
-    earlier run has finished to `results`."""
-    batch: list[tuple] = []
-    frames = 0
+def _new(found: Iterable, failed: list, results: dict, kept: dict) -> Iterator[tuple]:
+    """What has been read; what cannot be read goes to `failed`, what an earlier run has finished to `results`."""
     for one in found:
         if isinstance(one, dict):
             failed.append(one)
         elif one[2] is None:
             results[one[0].id] = {**kept[one[0].id], "new": False}
         else:
-            batch.append(one)
-            frames += len(one[2].images)
-        if frames >= BATCH:
-            yield batch
-            batch, frames = [], 0
-    if batch:
-        yield batch
+            yield one
 
 
 def _step(frames: Frames, meaning: Meaning) -> int:
@@ -233,7 +225,7 @@ def _masked(clip, number: int, p: np.ndarray, shown: Frames, partial: Path) -> d
 def _tile(image: np.ndarray, mask: np.ndarray) -> Image.Image:
     """A frame with its mask's outline."""
     colours = np.repeat(image[..., None], 3, axis=2)
-    colours[mask & ~binary_erosion(mask)] = (255, 200, 0)
+    colours[mask & ~binary_erosion(mask)] = YELLOW
     return Image.fromarray(colours).resize((TILE, TILE))
 
 
@@ -244,10 +236,11 @@ def _take_masks(partial: Path, output: Path) -> None:
     for file in finished(partial / "masks", ".png"):
         os.replace(file, folder / file.name)
     tiles = finished(partial / "tiles", ".png")
-    sheet = Image.new("RGB", (TILE * min(6, len(tiles)), TILE * -(-len(tiles) // 6)))
-    for i, tile in enumerate(tiles):
-        with Image.open(tile, formats=("PNG",)) as picture:
-            sheet.paste(picture, (TILE * (i % 6), TILE * (i // 6)))
+    pictures = []
+    for file in tiles:
+        with Image.open(file, formats=("PNG",)) as picture:
+            pictures.append(picture.convert("RGB"))
+    sheet = contact_sheet(pictures, 6)
     write_whole(output.with_name(output.stem + "_masks.png"), lambda file: sheet.save(file, "PNG"))
 
 

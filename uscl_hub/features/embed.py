@@ -24,7 +24,7 @@ from uscl_hub.features.places import tell_apart
 from uscl_hub.features.table import import_pyarrow, make_schema, merge, read_finished, save_part
 from uscl_hub.features.thumbnails import make_thumbnail
 from uscl_hub.files import check_room, finished, locked
-from uscl_hub.inputs import ahead, find_inputs, nothing_read, read_ahead, unknown_files, write_report
+from uscl_hub.inputs import ahead, batches, find_inputs, nothing_read, read_ahead, unknown_files, write_report
 from uscl_hub.load import load_meta_uscl_backbone
 from uscl_hub.models import width
 from uscl_hub.preprocess import create_transform
@@ -147,8 +147,9 @@ class _Run:
         rows: list[dict] = []
         last = time.monotonic()
         shown = read_ahead(self._look, self.clips, self.stopped, progress)
+        waiting = batches(self._new(shown), batch_size, self.pending)
         with side_by_side(device) as workers:
-            with contextlib.closing(ahead(rows_of, self._batches(shown, batch_size), *workers)) as computed:
+            with contextlib.closing(ahead(rows_of, waiting, *workers)) as computed:
                 try:
                     for new in computed:
                         rows += new
@@ -172,9 +173,8 @@ class _Run:
             return clip, digest, None
         return clip, digest, read_clip(clip, wanted["px"], crop=wanted["crop"], stride=wanted["stride"])
 
-    def _batches(self, shown: Iterable, size: int) -> Iterator[list[tuple]]:
-        """Lists of what is pending, with `size` frames at least, but for the last."""
-        waiting = 0
+    def _new(self, shown: Iterable) -> Iterator[tuple]:
+        """What has been read and is not in the table yet."""
         for found in shown:
             if isinstance(found, dict):
                 self.failed.append(found)
@@ -182,17 +182,7 @@ class _Run:
             clip, digest, frames = found
             self.current[clip.id] = digest
             if frames is not None:
-                self.pending.append(found)
-                waiting += len(frames.images)
-            if waiting >= size:
-                yield self._take()
-                waiting = 0
-        if self.pending:
-            yield self._take()
-
-    def _take(self) -> list[tuple]:
-        taken, self.pending = self.pending, []
-        return taken
+                yield found
 
 
 def _rows(batch: list[tuple], model, batch_size: int, stride: int, what) -> list[dict]:
