@@ -74,5 +74,5 @@ def cache_in_memory(lengths, px=8, seed=0, sources=1):
         for i, (n, offset) in enumerate(zip(lengths.tolist(), offsets))
     ]
     cache = FrameCache(["."], px, index.columns(records))
-    cache.frames = np.random.default_rng(seed).integers(0, 256, (lengths.sum(), px, px), dtype=np.uint8)
+    cache.maps = [np.random.default_rng(seed).integers(0, 256, (lengths.sum(), px, px), dtype=np.uint8)]
     return cache

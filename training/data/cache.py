@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from training.data import index
-from training.data.index import SHARD, CacheError, Log
+from training.data.index import CacheError, Log, in_shard
 
 
 class FrameCache:
@@ -113,11 +113,8 @@ class FrameCache:
         coded = index.column(self.table, "source")
         codes = coded.indices.to_numpy()
         present, numbers = np.unique(codes if self.rows is None else codes[self.rows], return_inverse=True)
-        names = coded.dictionary.take(pa.array(present)).to_pylist()
-        order = np.argsort(np.array(names, object))
-        rank = np.empty(len(names), np.int32)
-        rank[order] = np.arange(len(names))
-        return [names[i] for i in order], rank[numbers]
+        names, places = np.unique(coded.dictionary.take(pa.array(present)).to_numpy(False), return_inverse=True)
+        return names.tolist(), places.astype(np.int32)[numbers]
 
     @property
     def source_names(self) -> list[str]:
@@ -148,13 +145,14 @@ class FrameCache:
         return [self.folders[log.folder] / log.name for log in self.logs or ()] or [self.path]
 
     @cached_property
-    def frames(self) -> np.ndarray:
-        """uint8 memory map (frames, size, size) of the first shard, which may hold clips not listed here."""
-        return _map(self.shards[0] / "frames.u8", self.size)
+    def maps(self) -> list[np.ndarray]:
+        """A uint8 memory map (frames, size, size) of each shard; it may hold clips that are not listed here."""
+        return [_map(shard / "frames.u8", self.size) for shard in self.shards]
 
-    @cached_property
-    def _further(self) -> list[np.ndarray]:
-        return [_map(shard / "frames.u8", self.size) for shard in self.shards[1:]]
+    @property
+    def frames(self) -> np.ndarray:
+        """The first shard's map."""
+        return self.maps[0]
 
     def at(self, numbers: np.ndarray) -> np.ndarray:
         """The frames with these numbers, unchecked: uint8 (..., size, size), a copy.
@@ -165,10 +163,10 @@ class FrameCache:
         if len(self.shards) == 1:
             return self.frames[numbers]
         found = np.empty((*numbers.shape, self.size, self.size), np.uint8)
-        shards, within = numbers >> SHARD, numbers & (1 << SHARD) - 1
+        shards, within = in_shard(numbers)
         for shard in np.unique(shards):
             here = shards == shard
-            found[here] = (self._further[shard - 1] if shard else self.frames)[within[here]]
+            found[here] = self.maps[shard][within[here]]
         return found
 
     def take(self, clips: np.ndarray, numbers: np.ndarray) -> np.ndarray:
@@ -187,8 +185,8 @@ class FrameCache:
     def clip(self, i: int) -> np.ndarray:
         """uint8 (T, size, size), a view of the memory map. Raises CacheError as `take`."""
         self.check([i])
-        shard, first = int(self.offsets[i]) >> SHARD, int(self.offsets[i]) & (1 << SHARD) - 1
-        return (self._further[shard - 1] if shard else self.frames)[first : first + self.lengths[i]]
+        shard, first = in_shard(int(self.offsets[i]))
+        return self.maps[shard][first : first + self.lengths[i]]
 
     @cached_property
     def _checked(self) -> np.ndarray:
@@ -198,8 +196,9 @@ class FrameCache:
         """Compare clips with their checksums, each once. Raises CacheError and notes it for the next ingest."""
         clips = np.asarray(clips)
         for i in np.unique(clips[~self._checked[clips]]) if not self._checked[clips].all() else ():
-            shard = self.shards[int(self.offsets[i]) >> SHARD]
-            if self._crc32_of_file(shard / "frames.u8", i) != self.crc32[i]:
+            number, first = in_shard(int(self.offsets[i]))
+            shard = self.shards[number]
+            if self._crc32_of_file(shard / "frames.u8", first, self.lengths[i]) != self.crc32[i]:
                 note_damage(shard, self.id_of(i))
                 raise CacheError(
                     f"{shard / 'frames.u8'}: the frames of {self.id_of(i)} do not match their checksum: the disk "
@@ -207,11 +206,11 @@ class FrameCache:
                 )
             self._checked[i] = True
 
-    def _crc32_of_file(self, path: Path, i: int) -> int:
+    def _crc32_of_file(self, path: Path, first: int, frames: int) -> int:
         """Reads the file and not the map, whose pages come one by one."""
-        crc, left = 0, int(self.lengths[i]) * self.size**2
+        crc, left = 0, int(frames) * self.size**2
         with open(path, "rb", buffering=0) as file:
-            file.seek((int(self.offsets[i]) & (1 << SHARD) - 1) * self.size**2)
+            file.seek(first * self.size**2)
             while left and (block := file.read(min(left, 1 << 24))):
                 crc, left = zlib.crc32(block, crc), left - len(block)
         return crc

@@ -34,6 +34,11 @@ SCHEMA = pa.schema(
 )
 
 
+def in_shard(numbers):
+    """A frame's number, or an array of them, as its shard's number and its number there."""
+    return numbers >> SHARD, numbers & (1 << SHARD) - 1
+
+
 class CacheError(UserError):
     """The cache folder cannot be used: in use, damaged, or too few clips; the message says which and what to do."""
 
@@ -108,7 +113,6 @@ def read_log(shard: Path, size: int, repair: bool = False, most: int | None = No
     index, data = shard / "index.jsonl", shard / "frames.u8"
     text = index.read_bytes()[:most] if index.exists() else b""
     complete = text[: text.rfind(b"\n") + 1]
-    have = data.stat().st_size // size**2 if data.exists() else 0
     lines, end = {}, 0
     for number, row in enumerate(complete.splitlines(), start=1):
         try:
@@ -119,8 +123,7 @@ def read_log(shard: Path, size: int, repair: bool = False, most: int | None = No
             raise CacheError(f"{index}, line {number} is damaged: delete {shard} and ingest again") from error
         lines[line["id"]] = line
         end = max(end, line["offset"] + line["frames"])
-    if end > have:
-        raise CacheError(f"{data} ends at frame {have} but its index needs {end}: delete {shard} and ingest again")
+    _check_end(data, size, end)
     if repair:
         if len(complete) < len(text):
             os.truncate(index, len(complete))
@@ -216,7 +219,7 @@ def load(folders: Sequence[Path], size: int, logs: Sequence[Log]) -> pa.Table:
 
     Raises CacheError where a log is damaged, is not what it was, or needs more frames than there are.
     """
-    table = _saved(folders[0], logs)
+    table = saved(folders[0], logs)
     if table is None:
         for log in logs:
             file = folders[log.folder] / log.name / "index.jsonl"
@@ -226,17 +229,20 @@ def load(folders: Sequence[Path], size: int, logs: Sequence[Log]) -> pa.Table:
         return columns(list(join(list(read)).values()))
     ends = column(table, "offset").to_numpy() + column(table, "frames").to_numpy()
     for shard, log in enumerate(logs):
-        data = folders[log.folder] / log.name / "frames.u8"
-        have = data.stat().st_size // size**2 if data.exists() else 0
-        need = int(ends[ends >> SHARD == shard].max(initial=shard << SHARD)) & (1 << SHARD) - 1
-        if need > have:
-            raise CacheError(
-                f"{data} ends at frame {have} but its index needs {need}: delete {data.parent} and ingest again"
-            )
+        _, need = in_shard(int(ends[ends >> SHARD == shard].max(initial=shard << SHARD)))
+        _check_end(folders[log.folder] / log.name / "frames.u8", size, need)
     return table
 
 
-def _saved(folder: Path, logs: Sequence[Log]) -> pa.Table | None:
+def _check_end(data: Path, size: int, need: int) -> None:
+    have = data.stat().st_size // size**2 if data.exists() else 0
+    if need > have:
+        raise CacheError(
+            f"{data} ends at frame {have} but its index needs {need}: delete {data.parent} and ingest again"
+        )
+
+
+def saved(folder: Path, logs: Sequence[Log]) -> pa.Table | None:
     """index.arrow, memory-mapped, if it is whole and of these logs."""
     path = folder / "index.arrow"
     try:

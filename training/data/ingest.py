@@ -20,7 +20,7 @@ from training import distributed
 from training.data import index
 from training.data import workers as processes
 from training.data.cache import FrameCache, read_damage
-from training.data.index import CacheError, drop_damaged, join, read_log, unique
+from training.data.index import CacheError, Log, drop_damaged, join, read_log, unique
 from training.data.shard import FrameSettings, Work, do_share, writing
 from uscl_hub.clips import Clip, Report, UnreadableClip, content_hash, find_clips
 from uscl_hub.clips.read import read_clip
@@ -93,7 +93,8 @@ def update(clips: list[Clip], work: Work, about: dict) -> tuple[FrameCache, dict
     cache of `clips`, those with identical content once, and the report, which begins with `about`."""
     folder = work.folders[0]
     with writing(folder) as writable:
-        lines, runs, redo = read_shards(work, damage=True)
+        logs = index.find_logs(work.folders)
+        lines, runs, redo = read_shards(work, logs, damage=True)
         failed, todo = missing(clips, lines)
         if todo and not writable:
             raise CacheError(
@@ -104,47 +105,48 @@ def update(clips: list[Clip], work: Work, about: dict) -> tuple[FrameCache, dict
             for place in work.folders:
                 if place == folder or not (place / "settings.json").exists():
                     write_json(place / "settings.json", asdict(work.settings))
-        check_kept([lines[clip.id] for clip in clips if clip.id in lines and clip.id not in failed], work)
+        check_kept([lines[clip.id] for clip in clips if clip.id in lines and clip.id not in failed], work, logs)
         failed |= do_share(distributed.scatter(deal(todo, runs + 1)), work, prepare)
         if todo or redo:
-            lines, *_ = read_shards(work)
+            logs = index.find_logs(work.folders)
+            lines, *_ = read_shards(work, logs)
         if redo and writable:
             for number, name in index.shard_folders(work.folders):
                 (work.folders[number] / name / "damaged.txt").unlink(missing_ok=True)
-        cache, records, same = select(clips, lines, failed, work, writable)
+        records, same = unique(lines[clip.id] for clip in clips if clip.id in lines and clip.id not in failed)
+        cache = select(records, lines, logs, work, writable)
         report = describe(records, same, failed, len(clips)) | about
         if writable:
             write_json(folder / "report.json", report)
     return cache, report
 
 
-def read_shards(work: Work, damage: bool = False) -> tuple[dict[str, dict], int, bool]:
+def read_shards(work: Work, logs: list[Log], damage: bool = False) -> tuple[dict[str, dict], int, bool]:
     """The latest line of every clip id in all shards, with its shard; the number of the last ingest; and whether any
     clip was found damaged. damage: leave those out."""
-    logs, runs, found = [], 0, False
-    for log in index.find_logs(work.folders):
+    shards, runs, found = [], 0, False
+    for log in logs:
         shard = work.folders[log.folder] / log.name
-        lines, _ = read_log(shard, work.settings.size)
+        lines, _ = read_log(shard, work.settings.size, most=log.bytes)
         runs = max(runs, max((line.get("run", 0) for line in lines.values()), default=0))
         if names := read_damage(shard):
             found = True
             if damage:
                 drop_damaged(lines, names)
-        logs.append(lines)
-    return join(logs), runs, found
+        shards.append(lines)
+    return join(shards), runs, found
 
 
-def select(clips: list[Clip], lines: dict[str, dict], failed: dict[str, str], work: Work, writable: bool):
-    """The cache of the clips that have lines, these lines, and the copies among them (id, id it equals). The columns of
-    all lines are saved."""
-    logs = index.find_logs(work.folders)
-    records, same = unique(lines[clip.id] for clip in clips if clip.id in lines and clip.id not in failed)
-    table = index.columns(list(lines.values()))
-    if writable:
-        table = index.save(work.folders, logs, table)
+def select(records: list[dict], lines: dict[str, dict], logs: list[Log], work: Work, writable: bool) -> FrameCache:
+    """The cache of these records among all lines, whose columns are saved if those on the disk are not theirs."""
+    table = index.saved(work.folders[0], logs)
+    if table is None:
+        table = index.columns(list(lines.values()))
+        if writable:
+            table = index.save(work.folders, logs, table)
     names = pa.array([record["id"] for record in records], table.schema.field("id").type)
     rows = pc.index_in(names, index.column(table, "id")).to_numpy()
-    return FrameCache(work.folders, work.settings.size, table, logs, rows), records, same
+    return FrameCache(work.folders, work.settings.size, table, logs, rows)
 
 
 # ------------------------------------------------------------------------------------------- what is to be done
@@ -188,13 +190,13 @@ def missing(clips: list[Clip], lines: dict[str, dict]) -> tuple[dict[str, str], 
     return failed, todo
 
 
-def check_kept(records: list[dict], work: Work) -> None:
+def check_kept(records: list[dict], work: Work, logs: list[Log]) -> None:
     """Compare kept clips with their checksums, the first CHECK_BYTES of them; others when they are first read."""
     size = work.settings.size
     records = sorted(records, key=lambda record: record["id"])
     used = np.cumsum([record["frames"] for record in records]) * size**2
     table = index.columns(records[: int((used <= CHECK_BYTES).sum())])
-    FrameCache(work.folders, size, table, index.find_logs(work.folders)).check(np.arange(len(table)))
+    FrameCache(work.folders, size, table, logs).check(np.arange(len(table)))
 
 
 def deal(todo: list[tuple], run: int) -> list[tuple[int, list[tuple]]]:
