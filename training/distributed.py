@@ -14,6 +14,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from uscl_hub.clips import memory
 from uscl_hub.errors import UserError
 
 
@@ -39,6 +40,7 @@ def setup(device="auto"):
         patience = datetime.timedelta(days=2)
         # what is no tensor travels by gloo, also between GPUs
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=patience)
+        memory.divide(local_world())
         if world() > 1:
             Watch().start()
     if device == "cpu":

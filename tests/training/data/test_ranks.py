@@ -44,10 +44,13 @@ def start(tmp_path, ranks, root, out, body=""):
         from training.data import shard
         from training.data.ingest import ingest
         from training.messages import command
+        from uscl_hub.clips import memory
         shard.FLUSH_SECONDS = 0.0
 
         def main():
+            whole = memory.budget()
             distributed.setup("cpu")
+            assert memory.budget() == whole // {ranks}, "the ranks of a machine share its memory"
             {body or "pass"}
             cache = ingest([{str(root)!r}], {[str(o) for o in out]!r}, size=32, workers=0, progress=False)
             with open({str(tmp_path / "rank_")!r} + f"{{distributed.rank()}}.pickle", "wb") as file:
