@@ -111,7 +111,12 @@ def spent(seconds, name):
 
 def fresh_process(code, **environment):
     """Run Python code in a new process from the checkout; the last line that it prints is JSON: its value."""
-    command, env = [sys.executable, "-W", "ignore", "-c", code], {**os.environ, **environment}
+    return json_of([sys.executable, "-W", "ignore", "-c", code], **environment)
+
+
+def json_of(command, **environment):
+    """Run a command from the checkout; the last line that it prints is JSON: its value."""
+    env = {**os.environ, **environment}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"a measuring process failed ({done.returncode}): {done.stderr[-2000:]}")
@@ -132,11 +137,20 @@ def free_memory():
 
 
 def cpu_name():
+    return _cpu_line("model name") or platform.processor() or platform.machine()
+
+
+def cpu_has_bf16():
+    """Whether it multiplies bfloat16 itself (AVX512-BF16, AMX). Linux on x86 only."""
+    return bool({"avx512_bf16", "amx_bf16"} & set(_cpu_line("flags").split()))
+
+
+def _cpu_line(name):
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith(name):
                 return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def cores():

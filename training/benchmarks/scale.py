@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
 import sys
 import time
 
@@ -14,7 +12,7 @@ import torch
 from training import distributed
 from training.benchmarks.data import load_batches, write_cache
 from training.benchmarks.inference import UNTRAINED
-from training.benchmarks.measure import ROOT, Row, clip_folder, fresh_process, memory_use, ratio, spent
+from training.benchmarks.measure import Row, clip_folder, fresh_process, json_of, memory_use, ratio, spent
 from training.data.cache import FrameCache
 from training.data.groups import assign_groups, numbered, split_numbers
 from training.data.ingest import ingest
@@ -87,11 +85,7 @@ def _by(processes, *arguments):
     """Seconds that the work itself takes."""
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
     launch += ["--rdzv-endpoint=127.0.0.1:0", "--module", "training.benchmarks.scale", *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"a measuring process failed ({done.returncode}): {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json_of(launch, OMP_NUM_THREADS="1")
 
 
 def main(name, root, size, checkpoint, model, out):

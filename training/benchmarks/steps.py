@@ -6,10 +6,12 @@ from functools import partial
 
 import torch
 from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
 from training.benchmarks.measure import (
     Row,
     Settings,
+    cpu_has_bf16,
     free_memory,
     fresh_process,
     memory_use,
@@ -23,6 +25,7 @@ from training.method.networks import CMWNet, Encoder, input_channels
 from training.method.step import Learner, contrastive_step, delayed_step, exact_step
 
 TEMPERATURE = 0.5
+PRODUCT = 2048  # rows and columns of the matrices whose product shows what the machine can do
 
 
 @dataclass
@@ -128,10 +131,12 @@ def steps(settings, device, folder):
         if expected > settings.limit:
             yield Row("step", "all", px, note=f"a round would take about {expected:.0f} s (--limit)")
             continue
-        # bfloat16 is no gain on a CPU; the options' shares of a step are about the same at any size
-        names = list(STEPS)[: 3 if i else len(STEPS) if cuda else -2]
+        # the options' shares of a step are about the same at any size
+        names = list(STEPS)[: 3 if i else len(STEPS) if cuda or cpu_has_bf16() else -2]
         try:
             functions = {name: partial(STEPS[name], problem(name, settings, px, device)) for name in names}
+            matrix = torch.randn(PRODUCT, PRODUCT, device=device)
+            functions["product"] = partial(torch.matmul, matrix, matrix)
             seconds = take_turns(functions, settings, device)
         except torch.OutOfMemoryError:
             yield Row("step", "all", px, note="does not fit into the device's memory")
@@ -139,6 +144,10 @@ def steps(settings, device, folder):
         if seconds["plain"] and i + 1 < len(settings.sizes):
             round_ = sum(statistics.median(seconds[name]) for name in list(STEPS)[:3])
             expected = round_ * (settings.sizes[i + 1] / px) ** 2
+        if seconds["plain"]:
+            work = operations(functions["plain"]) / (2 * PRODUCT**3)  # in products
+            share = statistics.median(work * b / a for a, b in zip(seconds["plain"], seconds["product"]))
+            yield Row("step", "plain: operations a second / those of a matrix product", px, share)
         goal = "<= 3.5" if cuda or px > 64 else "<= 3.2"
         yield Row("step", "exact / plain", px, ratio(seconds, "exact", "plain"), goal, spent(seconds, "plain"))
         goal, note = "<= 0.35" if cuda else "<= 0.58" if px <= 112 else "", spent(seconds, "double backward")
@@ -148,6 +157,13 @@ def steps(settings, device, folder):
                 base, goal = ("plain bf16", "<= 3.5") if name == "exact bf16" else ("plain", "")
                 note = f"{name} / float32 {ratio(seconds, name, 'exact'):.3g}" if "bf16" in name else ""
                 yield Row("step", f"{name} / {base}", px, ratio(seconds, name, base), goal, note)
+
+
+def operations(function):
+    """Floating-point operations of its convolutions and matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
 
 
 def peaks_of_steps(settings, device, folder):
