@@ -102,8 +102,8 @@ class Task:
 
 def check_excluded(task: Task, max_excluded: float):
     if not task.items or len(task.excluded) > max_excluded * task.found:
-        listing = "\n".join(f"  {name}: {reason}" for name, reason in task.excluded[:20])
+        listing = "; ".join(f"{name}: {reason}" for name, reason in task.excluded[:3])
         raise TaskError(
             f"{task.title}: {len(task.excluded)} of {task.found} files cannot be used, more than "
-            f"--max-excluded {max_excluded:g} allows; repair them or raise it:\n{listing}"
+            f"--max-excluded {max_excluded:g} allows; repair them or raise it. The first: {listing}"
         )
