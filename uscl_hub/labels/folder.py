@@ -39,7 +39,7 @@ def from_folder(root: Path, task: str | None, frames: str) -> Labels:
     if loose := [item.id for item in items if not item.label]:
         notes.append(f"{len(loose)} file(s) are in no folder of a class and are left out, the first: {loose[0]}")
     if any(item.masks for item in items):
-        notes.append("there are masks as well: say task='segmentation' to use them")
+        notes.append("there are masks as well: say task='segmentation' (--task segmentation) to use them")
     items = [item for item in items if item.label]
     targets = np.array([labels.index(item.label) for item in items], np.int64)
     return Labels(root, "classification", tuple(labels), tuple(items), targets, False, tuple(notes))

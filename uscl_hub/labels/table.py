@@ -103,7 +103,8 @@ def _targets(path: Path, rows: list[dict[str, str]], names: tuple[str, ...], tas
         if task == "regression" and numbers is not None and _few_whole(numbers):
             name = names[0]
             notes.append(
-                f"{name!r} holds few whole numbers, taken as a quantity; for classes say task='classification'"
+                f"{name!r} holds few whole numbers, taken as a quantity; "
+                "for classes say task='classification' (--task classification)"
             )
     if task == "classification":
         if len(names) > 1:
