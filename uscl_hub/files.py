@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+import unicodedata
 import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +29,15 @@ class InUse(OSError):
 
 class NotAFile(UserError, OSError):
     """What should be read is a pipe, a device, a socket or a folder: opening it could wait or go on for ever."""
+
+
+def existing(path) -> Path | None:
+    """The path as it is written on the disk, in that or the other Unicode normal form; None if there is neither."""
+    for spelling in (str(path), *(unicodedata.normalize(form, str(path)) for form in ("NFC", "NFD"))):
+        with suppress(OSError, ValueError):  # a name that is too long, or holds a zero byte
+            if Path(spelling).exists():
+                return Path(spelling)
+    return None
 
 
 def check_regular(path, name=None) -> os.stat_result:

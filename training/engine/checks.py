@@ -2,13 +2,13 @@
 
 import difflib
 from operator import attrgetter
-from pathlib import Path
 
 import timm
 
 from training import distributed
 from training.config import training_pairs
 from uscl_hub.errors import UserError
+from uscl_hub.files import existing
 from uscl_hub.registry import plain_name
 
 TINY = 1e-6
@@ -104,6 +104,6 @@ def check(config):
     if not timm.is_model(plain_name(name)):
         near = difflib.get_close_matches(name, timm.list_models(), 3)
         raise UserError(f"model.name: timm has no {name!r}{'; near it: ' * bool(near)}{', '.join(near)}")
-    missing = [root for root in config.data.roots if not Path(root).exists()]
+    missing = [root for root in config.data.roots if existing(root) is None]
     if missing:
         raise UserError(f"data.roots: no such folder: {', '.join(missing)}")

@@ -14,7 +14,7 @@ import numpy as np
 
 from uscl_hub.clips.alike import ALIKE, headers, likeness
 from uscl_hub.clips.clip import Clip, extension_of, kind_of
-from uscl_hub.files import open_regular
+from uscl_hub.files import existing, open_regular
 
 FRAMES = ("auto", "clip", "images")
 UNKNOWN = "not a known image, video or DICOM file"
@@ -79,9 +79,6 @@ def find_clips(
     if isinstance(roots, (str, Path)):
         roots = [roots]
     named = list(dict.fromkeys(_named(Path(root)) for root in roots))
-    for root in named:
-        if not root.exists():
-            raise FileNotFoundError(f"{root}: no such file or folder")
     folders = {root: root if root.is_dir() else root.parent for root in named}
     names = _source_names(set(folders.values()))
     seen: set[str] = set()
@@ -102,10 +99,12 @@ def find_clips(
 
 
 def _named(root: Path) -> Path:
-    """An absolute path that keeps the name that was given: a link's own, not its target's."""
-    if root.name in ("", ".."):
-        return root.resolve()
-    return root.parent.resolve() / root.name
+    """An absolute path that keeps the name that was given: a link's own, not its target's. Raises FileNotFoundError."""
+    if (found := existing(root)) is None:
+        raise FileNotFoundError(f"{root.absolute()}: no such file or folder")
+    if found.name in ("", ".."):
+        return found.resolve()
+    return found.parent.resolve() / found.name
 
 
 def _source_names(folders: set[Path]) -> dict[Path, str]:

@@ -4,8 +4,7 @@ Everything that is wrong with the labels is found here, before anything long sta
 and what to do.
 """
 
-from pathlib import Path
-
+from uscl_hub.files import existing
 from uscl_hub.labels.checks import checked
 from uscl_hub.labels.folder import from_folder
 from uscl_hub.labels.groups import cluster
@@ -33,11 +32,11 @@ def read_labels(folder_or_table, task: str | None = None, *, columns: tuple[str,
         LabelError (a UserError): in one line, for missing files or columns, one class only, values that are not
         finite, masks of another size, a group in two splits, the same file in two splits.
     """
-    source = Path(folder_or_table)
+    source = existing(folder_or_table)
     if task is not None and task not in TASKS:
         raise LabelError(f"task {task!r} is not known; choose from {', '.join(TASKS)}")
-    if not source.exists():
-        raise LabelError(f"{source}: no such file or folder")
+    if source is None:
+        raise LabelError(f"{folder_or_table}: no such file or folder")
     tables = [path for path in (source / "labels.csv", source / "labels.parquet") if path.is_file()]
     if source.is_dir() and not tables:
         if columns:

@@ -2,12 +2,12 @@
 
 import math
 import os
-import unicodedata
 from pathlib import Path
 
 import numpy as np
 
 from uscl_hub.clips import Clip, find_clips
+from uscl_hub.files import existing
 from uscl_hub.labels.folder import segmentation
 from uscl_hub.labels.items import Item, LabelError, Labels
 from uscl_hub.labels.rows import read_rows
@@ -77,14 +77,10 @@ def _masks(table: Path, rows: list[dict[str, str]]) -> list[tuple[Path, ...]]:
 
 
 def _existing(folder: Path, name: str) -> Path | None:
-    """The path as written, with Windows' separators, or in the other Unicode normal form."""
+    """The path as written, or with Windows' separators."""
     for text in (name, name.replace("\\", "/")) if name else ():
-        for spelling in (text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))):
-            try:
-                if (folder / spelling).exists():
-                    return folder / spelling
-            except (OSError, ValueError):  # a name that is too long, or holds a zero byte
-                continue
+        if found := existing(folder / text):
+            return found
     return None
 
 

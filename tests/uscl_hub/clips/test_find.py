@@ -151,7 +151,9 @@ def test_a_link_has_its_own_name(tmp_path):
 
 def test_ids_are_in_one_spelling(tmp_path):
     name = "Müller.png"
-    png(tmp_path / "s" / unicodedata.normalize("NFD", name))
+    file = png(tmp_path / "s" / unicodedata.normalize("NFD", name))
+    (found,) = find_clips([tmp_path / "s" / unicodedata.normalize("NFC", name)])  # as it is typed, or in a table
+    assert found.files == (file,)
     assert names(find_clips([tmp_path / "s"])) == ["s/" + unicodedata.normalize("NFC", name)]
 
 
