@@ -20,7 +20,7 @@ from training.tuning.search import Tried
 from uscl_hub import models
 from uscl_hub.clips import content_hash
 from uscl_hub.errors import UserError
-from uscl_hub.files import write_whole
+from uscl_hub.files import check_room, write_whole
 from uscl_hub.labels import TASKS, LabelError, Labels
 
 SEGMENTATION_PX = 128  # at least: outlines in 64 px squares are coarse
@@ -102,6 +102,8 @@ def run(config: FinetuneConfig) -> dict:
     for line in (about(found), imbalance(found), *found.notes):
         say(line)
     settings = make_settings(config, found, out / "cache")
+    weights = [sum(p.nbytes for p in setting.backbone.model.parameters()) for setting in settings]
+    check_room(out, max(weights))
     key = [
         VERSION,
         found.sha(),

@@ -18,6 +18,8 @@ from uscl_hub.files import existing, open_regular
 
 FRAMES = ("auto", "clip", "images")
 UNKNOWN = "not a known image, video or DICOM file"
+OF_A_MASK = re.compile(r"(.+)_mask(_\d+)?", re.DOTALL)
+MASK_FOLDERS = ("masks", "mask")  # beside a folder `images`
 
 
 @dataclass
@@ -67,8 +69,9 @@ def find_clips(
     numbers' order; 'images': separate images; 'auto': one clip if neighbours look alike (a few thumbnails are looked
     at, see `alike`). Files of different sizes or of several pages are separate with 'auto'.
     report: filled with what is passed over, and with what was decided.
-    A folder that cannot be listed is a clip of kind 'closed', which cannot be decoded. Hidden files are left out;
-    linked folders are followed, once. Raises FileNotFoundError for a missing root, ValueError for unknown `frames`.
+    A folder that cannot be listed is a clip of kind 'closed', which cannot be decoded. Hidden files are left out, and
+    masks in the layouts of `uscl_hub.labels` are passed over; linked folders are followed, once. Raises
+    FileNotFoundError for a missing root, ValueError for unknown `frames`.
 
     >>> clips = find_clips(["scans"], report=(report := Report()))  # doctest: +SKIP
     >>> print(*report.lines(), sep="\\n")  # doctest: +SKIP
@@ -148,10 +151,14 @@ def _clips_of_folder(
         yield Clip(clean_name(prefix), clean_name(source), "closed", (parent,), root)
         return
     numbered = defaultdict(list)
+    masks = _masks(parent, root, names)
     for name in sorted(names):
         if name.startswith("."):
             continue
         path = parent / name
+        if name in masks:
+            report.passed_over["masks of other pictures"].append(clean_name(f"{prefix}/{name}"))
+            continue
         kind, extension = _kind(path, report, f"{prefix}/{name}")
         match = re.fullmatch(r"(.*?)(\d+)(\D*)", path.stem, re.DOTALL) if kind == "image" else None
         if match:
@@ -166,6 +173,17 @@ def _clips_of_folder(
         else:
             for path in files:
                 yield clip(path.name, "image", (path,))
+
+
+def _masks(parent: Path, root: Path, names: list[str]) -> set[str]:
+    """Those of a folder's pictures that outline something in others: x_mask.png beside x.png; masks/x.png beside
+    images/, unless it is what was asked for."""
+    pictures = {name: os.path.splitext(name)[0] for name in names if kind_of(extension_of(parent / name)) == "image"}
+    parts = parent.relative_to(root).parts
+    if any(part in MASK_FOLDERS and root.joinpath(*parts[:i], "images").is_dir() for i, part in enumerate(parts)):
+        return set(pictures)
+    stems = set(pictures.values())
+    return {name for name, stem in pictures.items() if (match := OF_A_MASK.fullmatch(stem)) and match[1] in stems}
 
 
 def _kind(path: Path, report: Report, name: str) -> tuple[str | None, str]:

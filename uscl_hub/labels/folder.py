@@ -1,6 +1,5 @@
 """Labels of a folder: `CLASS/file`, or images with masks."""
 
-import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -8,10 +7,9 @@ import numpy as np
 
 from uscl_hub.clips import find_clips
 from uscl_hub.clips.clip import IMAGE
+from uscl_hub.clips.find import MASK_FOLDERS, OF_A_MASK
 from uscl_hub.labels.items import Item, LabelError, Labels
 
-MASK = re.compile(r"(.+)_mask(_\d+)?", re.DOTALL)
-MASK_FOLDERS = ("masks", "mask")  # the second one only beside a folder `images`
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
@@ -71,7 +69,7 @@ def masks_below(root: Path) -> dict[Path, list[Path]]:
         root = root.parent
     found = defaultdict(list)
     for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE and p.is_file()):
-        match = MASK.fullmatch(path.stem)
+        match = OF_A_MASK.fullmatch(path.stem)
         parts = path.relative_to(root).parent.parts
         i = next((i for i, name in enumerate(parts) if name in MASK_FOLDERS), None)
         if i is not None and (parts[i] == "masks" or root.joinpath(*parts[:i], "images").is_dir()):

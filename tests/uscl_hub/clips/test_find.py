@@ -226,3 +226,24 @@ def test_real_folders(folder):
         found = [likeness(clip.files) for clip in grouped]
         assert (min if frames else max)(found) == pytest.approx(measured, abs=0.02)
         assert all((value >= ALIKE) == frames for value in found)
+
+
+def test_masks_are_no_pictures_unless_they_are_asked_for(tmp_path):
+    root = tmp_path / "s"
+    for name in (
+        "a.png",
+        "a_mask.png",
+        "a_mask_1.png",
+        "b_mask.png",
+        "c/images/x.png",
+        "c/mask/x_mask.png",
+        "masks/y.png",
+    ):
+        png(root / name)
+    found = ["s/a.png", "s/b_mask.png", "s/c/images/x.png", "s/masks/y.png"]  # nothing for the others to be masks of
+    assert names(find_clips([root], report=(report := Report()))) == found
+    passed = ["s/a_mask.png", "s/a_mask_1.png", "s/c/mask/x_mask.png"]
+    assert report.as_dict()["passed_over"] == {"masks of other pictures": passed}
+    assert report.lines() == ["3 passed over, masks of other pictures: " + ", ".join(passed)]
+    assert names(find_clips([root / "a_mask.png"])) == ["s/a_mask.png"]
+    assert names(find_clips([root / "c" / "mask"])) == ["mask/x_mask.png"]
