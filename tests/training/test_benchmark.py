@@ -16,7 +16,7 @@ def benchmark(*args):
 
 @pytest.mark.slow
 def test_prints_a_table_and_writes_it_as_json(tmp_path):
-    sections = "step", "meta", "ingest", "embed", "index", "ranks"
+    sections = "step", "meta", "ingest", "embed", "use", "index", "ranks"
     done = benchmark("--only", *sections, "--out", str(tmp_path / "b.json"))
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "b.json").read_text())

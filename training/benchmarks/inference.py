@@ -1,6 +1,8 @@
 """Embedding and loading of a model."""
 
 import itertools
+import statistics
+from functools import partial
 
 import numpy as np
 import timm
@@ -9,8 +11,10 @@ import torch
 from training.benchmarks.measure import Row, clip_folder, fresh_process, ratio, spent, take_turns
 from training.data.provenance import Provenance
 from training.engine.export import export
+from uscl_hub import registry
 from uscl_hub.clips import find_clips
 from uscl_hub.features.embed import embed
+from uscl_hub.features.network import placed
 from uscl_hub.preprocess import normalise
 
 UNTRAINED = Provenance("no training", steps=0, sources=[], manifest_sha256="", metrics={})
@@ -57,3 +61,19 @@ def loading(settings, device, folder):
                 seconds[name].append(one)
     note = f"{spent(seconds, 'ours')}, {spent(seconds, 'timm')}"
     yield Row("load", "import and load / timm's", "", ratio(seconds, "ours", "timm"), "<= 1.15", note)
+
+
+def using(settings, device, folder):
+    """Images a second of every release, and of what one may use instead, at their pixels."""
+    sizes = {name: entry["px"] for name, entry in registry.releases().items()} | {"tf_efficientnet_lite0": 224}
+    sizes["resnet18"] = 224
+    functions = {}
+    for name, px in sizes.items():
+        model = placed(timm.create_model(name, num_classes=0).eval(), device)
+        x = torch.rand(32, 3, px, px, device=device).contiguous(memory_format=torch.channels_last)
+        functions[name] = torch.inference_mode()(partial(model, x))
+    seconds = take_turns(functions, settings, device)
+    for name, px in sizes.items():
+        note = f"{32 / statistics.median(seconds[name]):.0f} images/s" if seconds[name] else ""
+        speed = ratio(seconds, "tf_efficientnet_lite0", name)
+        yield Row("use", f"speed of {name} / tf_efficientnet_lite0 at 224 px", px, speed, "", note)

@@ -33,6 +33,7 @@ class Settings:
         "ingest",
         "embed",
         "load",
+        "use",
         "index",
         "ranks",
     )
