@@ -13,17 +13,19 @@ import threading
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Callable
 
 import torch
 
 from uscl_hub.errors import CheckpointError
-from uscl_hub.files import NotAFile, open_regular, sha256
+from uscl_hub.files import NotAFile, open_regular, sha256, write_text, write_whole
 from uscl_hub.tensors import (  # noqa: F401  (also names of version 0.1)
     check_sha256,
     check_shapes,
     check_values,
     clean,
     load_tensors,
+    not_finite,
     one_line,
     read_header,
     save_tensors,
@@ -269,6 +271,26 @@ def _at_most(parameters: int):
         handle.remove()
 
 
+def replace_folder(folder, state_dict: dict, config: Callable[[str], dict], card: Callable[[dict], str]) -> None:
+    """Write model.safetensors, config.json and README.md into a folder, which is made; older ones are replaced one by
+    one, each whole.
+
+    Args:
+        config: makes what config.json holds of the weights' SHA-256.
+        card: makes README.md's text of that.
+
+    Raises CheckpointError if a weight is not finite: nothing is written.
+    """
+    folder = Path(folder)
+    if bad := not_finite(state_dict):
+        raise CheckpointError(f"{folder}: weights are not finite in {some(bad)}: nothing is written")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / WEIGHTS_NAME, lambda path: save_tensors(state_dict, path))
+    content = config(sha256(folder / WEIGHTS_NAME))
+    write_text(folder / CONFIG_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / CARD_NAME, card(content))
+
+
 def save_folder(folder, state_dict: dict, config: dict, card: str) -> Path:
     """Write model.safetensors, config.json and README.md as a new folder, whole or not at all.
 
@@ -279,14 +301,15 @@ def save_folder(folder, state_dict: dict, config: dict, card: str) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists and is not empty. Choose another output folder, or remove it")
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+
+    def with_digest(digest: str) -> dict:
+        known = config.get("uscl_hub")
+        return {**config, "uscl_hub": {"sha256": digest, **known}} if isinstance(known, dict) else config
+
     draft = None
     try:
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}.", dir=folder.absolute().parent))
-        save_tensors(state_dict, draft / WEIGHTS_NAME)
-        if isinstance(config.get("uscl_hub"), dict):
-            config = {**config, "uscl_hub": {"sha256": sha256(draft / WEIGHTS_NAME), **config["uscl_hub"]}}
-        (draft / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (draft / CARD_NAME).write_text(card, encoding="utf-8")
+        replace_folder(draft, state_dict, with_digest, lambda _: card)
         draft.chmod(0o755)  # mkdtemp's 0700 is not what anyone expects of a result
         os.replace(draft, folder)
     except OSError as error:

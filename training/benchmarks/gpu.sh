@@ -26,3 +26,9 @@ measure step_256 --only step --batch 256 --repeats 7 --limit 60
 # torch's default lets convolutions use tf32; here nothing does
 NVIDIA_TF32_OVERRIDE=0 measure step_32_float32 --only step --batch 32 --repeats 15 --limit 60
 measure embed --only embed ingest --repeats 3 --limit 60
+# lightly and lightly-train, where they are installed and DATA names a folder of clips, LABELS one of tasks
+if [[ -n ${DATA:-} && -n ${LABELS:-} ]] && "$python" -c "import lightly, lightly_train" 2>/dev/null; then
+    timeout $((until - SECONDS > 20 ? until - SECONDS : 20)) "$python" training/benchmarks/others.py \
+        --device "${DEVICE:-cuda}" --data "$DATA" --labels "$LABELS" --steps 500 --out "$out/others" ||
+        echo "others: ended with status $?"
+fi

@@ -56,6 +56,8 @@ class Settings:
     """Clips, or pictures, a step."""
     steps: int = 250
     """Of each training."""
+    device: str = "cpu"
+    """'cpu' or 'cuda'."""
     out: str = "runs/others"
     """Trainings, table.json and kNN."""
 
@@ -65,7 +67,7 @@ def ours(out: Path, steps: int, settings: Settings, method: str) -> dict:
     arguments = f"""training/run.py --method {method} --out {out / "run"} --model.name {MODEL}
         --model.size {settings.px} --optim.batch {settings.batch} --optim.lr {LR} --optim.steps {steps} --data.stride 4
         --optim.temperature {TEMPERATURE} --data.roots {settings.data} --data.cache {settings.out}/cache
-        --eval_epochs 1000000"""
+        --eval_epochs 1000000 --device {settings.device}"""
     subprocess.run(
         [sys.executable, *arguments.split(), "--data.group", settings.group],
         cwd=ROOT,
@@ -89,7 +91,8 @@ def lightly(out: Path, steps: int, settings: Settings) -> dict:
     transform = SimCLRTransform(input_size=settings.px, normalize=NORMALISE)
     pictures = LightlyDataset(str(Path(settings.out) / "frames"), transform)
     loader = torch.utils.data.DataLoader(pictures, settings.batch, True, drop_last=True, num_workers=WORKERS)
-    backbone, head = timm.create_model(MODEL, num_classes=0), SimCLRProjectionHead(512, 512, 128)
+    backbone = timm.create_model(MODEL, num_classes=0).to(settings.device)
+    head = SimCLRProjectionHead(512, 512, 128).to(settings.device)
     parameters = [*backbone.parameters(), *head.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=LR, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -100,7 +103,7 @@ def lightly(out: Path, steps: int, settings: Settings) -> dict:
             batches = iter(loader)
             batch = next(batches)
         waited.append(time.perf_counter() - start)
-        one, two = (head(backbone(view)) for view in batch[0])
+        one, two = (head(backbone(view.to(settings.device))) for view in batch[0])
         loss = loss_of(one, two)
         optimizer.zero_grad()
         loss.backward()
@@ -108,7 +111,7 @@ def lightly(out: Path, steps: int, settings: Settings) -> dict:
         schedule.step()
         loss.item()
         seconds.append(time.perf_counter() - start)
-    export(backbone, MODEL, settings.px, out / "export", UNTRAINED)
+    export(backbone.cpu(), MODEL, settings.px, out / "export", UNTRAINED)
     return facts(seconds, waited)
 
 
@@ -126,7 +129,7 @@ def lightly_train(out: Path, steps: int, settings: Settings) -> dict:
             method_args={"temperature": TEMPERATURE},
             batch_size=settings.batch,
             num_workers=WORKERS,
-            accelerator="cpu",
+            accelerator="gpu" if settings.device == "cuda" else "cpu",
             trainer_args={"max_steps": steps, "max_epochs": -1},
             transform_args={
                 "image_size": (settings.px, settings.px),

@@ -1,17 +1,14 @@
 """Write a trained backbone as a folder in timm's Hub format, with its provenance and a model card."""
 
 import datetime
-import json
 import subprocess
 from pathlib import Path
 
 import uscl_hub
 from training.data.groups import fingerprint  # noqa: F401  (its name here since version 0.1)
 from training.messages import markdown
-from uscl_hub.checkpoints import save_tensors, sha256
-from uscl_hub.files import write_text, write_whole
+from uscl_hub.checkpoints import replace_folder
 from uscl_hub.registry import make_cfg, plain_name
-from uscl_hub.tensors import not_finite
 
 LICENCE_OF_CODE = "apache-2.0"
 
@@ -35,31 +32,23 @@ def export(backbone, name, size, folder, provenance):
 
     Returns:
         The folder as a Path: model.safetensors, config.json, README.md.
+
+    Raises CheckpointError if a weight is not finite: nothing is written.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = backbone.state_dict()
-    if bad := not_finite(state):
-        raise ValueError(f"export: weights are not finite in {', '.join(bad[:5])}: nothing is written")
-    write_whole(folder / "model.safetensors", lambda path: save_tensors(state, path))
-    digest = sha256(folder / "model.safetensors")
     facts = provenance if isinstance(provenance, dict) else provenance.as_dict()
-    provenance = {
-        **facts,
-        "code": code_version(),
-        "sha256": digest,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-    config = {
-        "architecture": plain_name(name),
-        "num_classes": 0,
-        "num_features": backbone.num_features,
-        "pretrained_cfg": make_cfg(size, architecture=plain_name(name), tag="meta_uscl"),
-        "uscl_hub": provenance,
-    }
-    write_text(folder / "config.json", json.dumps(config, indent=2))
-    write_text(folder / "README.md", model_card(config))
-    return folder
+
+    def config(digest):
+        created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        return {
+            "architecture": plain_name(name),
+            "num_classes": 0,
+            "num_features": backbone.num_features,
+            "pretrained_cfg": make_cfg(size, architecture=plain_name(name), tag="meta_uscl"),
+            "uscl_hub": {**facts, "code": code_version(), "sha256": digest, "created": created},
+        }
+
+    replace_folder(folder, backbone.state_dict(), config, model_card)
+    return Path(folder)
 
 
 def model_card(config):

@@ -1,6 +1,6 @@
 """The tuned model as a folder that plain timm loads, with where it comes from."""
 
-import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +10,10 @@ from training.engine.export import code_version, fingerprint
 from training.evaluation.backbones import Backbone
 from training.messages import markdown
 from training.tuning.network import Setting, plain
-from uscl_hub.checkpoints import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, save_tensors
+from uscl_hub.checkpoints import WEIGHTS_NAME, replace_folder
 from uscl_hub.deploy import forget_paths
 from uscl_hub.errors import UserError
-from uscl_hub.files import sha256, write_whole
-from uscl_hub.tensors import not_finite
+from uscl_hub.files import write_whole
 from uscl_hub.unet import UNet
 
 ONNX_NAME = "model.onnx"
@@ -29,16 +28,9 @@ def write(folder: Path, model: torch.nn.Module, setting: Setting, result: dict) 
         result: what the run reached, for the provenance: temperature, scores, crop, seed, ...
 
     Raises:
-        UserError: a weight is not finite; nothing is written.
+        CheckpointError: a weight is not finite; nothing is written.
     """
-    state = model.state_dict()
-    if bad := not_finite(state):
-        raise UserError(f"export: weights are not finite in {', '.join(bad[:5])}: nothing is written")
-    write_whole(folder / WEIGHTS_NAME, lambda path: save_tensors(state, path))
-    config = _config(setting, model, result, sha256(folder / WEIGHTS_NAME))
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    write_whole(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
-    write_whole(folder / CARD_NAME, lambda path: path.write_text(card(config), encoding="utf-8"))
+    replace_folder(folder, model.state_dict(), partial(_config, setting, model, result), card)
     return folder
 
 

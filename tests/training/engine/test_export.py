@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 import uscl_hub
 from training.data.provenance import DataSource, Provenance
 from training.engine import export as exporting
-from uscl_hub import registry
+from uscl_hub import checkpoints, registry
+from uscl_hub.errors import CheckpointError
 from uscl_hub.models import size_arguments
 
 PROVENANCE = Provenance(
@@ -136,12 +137,12 @@ def test_all_of_our_architectures(tmp_path, images, name):
 def test_weights_that_are_not_finite_are_refused(tmp_path, bad):
     backbone = trained("test_resnet")
     backbone.layer1[0].conv1.weight.data[0, 0, 0, 0] = bad
-    with pytest.raises(ValueError, match="layer1.0.conv1.weight: nothing is written"):
+    with pytest.raises(CheckpointError, match="layer1.0.conv1.weight: nothing is written"):
         exporting.export(backbone, "test_resnet", 32, tmp_path / "out", PROVENANCE)
     assert list((tmp_path / "out").glob("*")) == []
     backbone = trained("test_resnet")
     next(b for n, b in backbone.named_buffers() if n.endswith("running_var"))[0] = bad
-    with pytest.raises(ValueError, match="running_var"):
+    with pytest.raises(CheckpointError, match="running_var"):
         exporting.export(backbone, "test_resnet", 32, tmp_path / "out", PROVENANCE)
 
 
@@ -154,7 +155,7 @@ def test_a_failed_write_leaves_the_old_export(tmp_path, monkeypatch):
         Path(file).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting, "save_tensors", full)
+    monkeypatch.setattr(checkpoints, "save_tensors", full)
     with pytest.raises(OSError, match="No space"):
         exporting.export(backbone, "test_resnet", 32, path, PROVENANCE)
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
