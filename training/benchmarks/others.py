@@ -197,9 +197,9 @@ def knn(rows: list[dict], settings: Settings):
     evaluate += ["--cache", str(Path(settings.out) / "evaluate_cache"), "--tasks", *settings.tasks]
     subprocess.run([*evaluate, "--backbones", *named], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     for found in json.loads((out / "results.json").read_text())["results"]:
-        if found["metric"] == "macro-F1" and found["level"] != "frame":
+        if found["level"] != "frame":
             row = next(row for row in rows if row["folder"] == found["backbone"])
-            row[found["task"]] = [round(100 * found[key], 1) for key in ("value", "low", "high")]
+            row[found["task"]] = [round(100 * found["metrics"]["macro-F1"][key], 1) for key in ("value", "low", "high")]
 
 
 def main(settings: Settings):
