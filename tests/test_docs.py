@@ -160,7 +160,7 @@ def check_command(words, monkeypatch):
     """Fails for a command that does not exist or does not take its arguments."""
     while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         words = words[1:]
-    scripts = [word for word in words if re.fullmatch(r"(training|docs)/\w+\.py", word)]
+    scripts = [word for word in words if re.fullmatch(r"(training|docs)/(benchmarks/)?\w+\.py", word)]
     if words[0] in ("python", "srun") and scripts:
         if scripts[0] != "docs/walkthrough.py":  # takes no arguments; it has a test of its own
             check_script(scripts[0], words[words.index(scripts[0]) + 1 :], monkeypatch)

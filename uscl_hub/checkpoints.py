@@ -281,9 +281,12 @@ def replace_folder(folder, state_dict: dict, config: Callable[[str], dict], card
 
     Raises CheckpointError if a weight is not finite: nothing is written.
     """
-    folder = Path(folder)
     if bad := not_finite(state_dict):
         raise CheckpointError(f"{folder}: weights are not finite in {some(bad)}: nothing is written")
+    _write(Path(folder), state_dict, config, card)
+
+
+def _write(folder: Path, state_dict: dict, config: Callable[[str], dict], card: Callable[[dict], str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / WEIGHTS_NAME, lambda path: save_tensors(state_dict, path))
     content = config(sha256(folder / WEIGHTS_NAME))
@@ -309,7 +312,7 @@ def save_folder(folder, state_dict: dict, config: dict, card: str) -> Path:
     draft = None
     try:
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}.", dir=folder.absolute().parent))
-        replace_folder(draft, state_dict, with_digest, lambda _: card)
+        _write(draft, state_dict, with_digest, lambda _: card)
         draft.chmod(0o755)  # mkdtemp's 0700 is not what anyone expects of a result
         os.replace(draft, folder)
     except OSError as error:
