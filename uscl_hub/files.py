@@ -32,11 +32,17 @@ class NotAFile(UserError, OSError):
 
 
 def existing(path) -> Path | None:
-    """The path as it is written on the disk, in that or the other Unicode normal form; None if there is neither."""
-    for spelling in (str(path), *(unicodedata.normalize(form, str(path)) for form in ("NFC", "NFD"))):
-        with suppress(OSError, ValueError):  # a name that is too long, or holds a zero byte
-            if Path(spelling).exists():
-                return Path(spelling)
+    """The path as it is written on the disk, each of its names in that or the other Unicode normal form; None if there
+    is no such path."""
+    path = Path(path)
+    with suppress(OSError, ValueError):  # a name that is too long, or holds a zero byte
+        if path.exists():
+            return path
+        found = Path(path.anchor)
+        for name in path.parts[len(found.parts) :]:
+            spellings = (found / unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+            found = next((spelled for spelled in (found / name, *spellings) if spelled.exists()), found / name)
+        return found if found.exists() else None
     return None
 
 

@@ -2,8 +2,10 @@
 
 import errno
 import hashlib
+import itertools
 import os
 import socket
+import unicodedata
 
 import pytest
 
@@ -12,6 +14,7 @@ from uscl_hub.files import (
     NotAFile,
     check_regular,
     check_room,
+    existing,
     finished,
     open_regular,
     sha256,
@@ -149,3 +152,15 @@ def test_room_is_looked_for_before_it_is_needed(tmp_path):
     with pytest.raises(FileNotFoundError):
         check_room(tmp_path / "nowhere")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_path_is_found_in_whatever_spelling_each_of_its_names_has(tmp_path):
+    composed, apart = (unicodedata.normalize(form, "ü") for form in ("NFC", "NFD"))
+    for folder, name in ((composed, apart), (apart + "2", composed)):
+        file = tmp_path / folder / name
+        file.parent.mkdir()
+        file.touch()
+        for given in itertools.product({folder, folder.replace(composed, apart)}, (composed, apart)):
+            assert existing(tmp_path.joinpath(*given)) == file
+        assert existing(file.with_name("u")) is None
+    assert existing(tmp_path / ("n" * 300)) is existing("a\0b") is None
