@@ -178,12 +178,19 @@ def _clips_of_folder(
 def _masks(parent: Path, root: Path, names: list[str]) -> set[str]:
     """Those of a folder's pictures that outline something in others: x_mask.png beside x.png; masks/x.png beside
     images/, unless it is what was asked for."""
-    pictures = {name: os.path.splitext(name)[0] for name in names if kind_of(extension_of(parent / name)) == "image"}
+
+    def pictures(candidates):
+        return {name for name in candidates if kind_of(extension_of(parent / name)) == "image"}
+
     parts = parent.relative_to(root).parts
     if any(part in MASK_FOLDERS and root.joinpath(*parts[:i], "images").is_dir() for i, part in enumerate(parts)):
-        return set(pictures)
-    stems = set(pictures.values())
-    return {name for name, stem in pictures.items() if (match := OF_A_MASK.fullmatch(stem)) and match[1] in stems}
+        return pictures(names)
+    stems = {name: os.path.splitext(name)[0] for name in names}
+    masked = {name: match[1] for name, stem in stems.items() if (match := OF_A_MASK.fullmatch(stem))}
+    if not masked:  # as nearly everywhere: nothing more is asked of the files
+        return set()
+    shown = {stems[name] for name in pictures(names)}
+    return {name for name in pictures(masked) if masked[name] in shown}
 
 
 def _kind(path: Path, report: Report, name: str) -> tuple[str | None, str]:
