@@ -10,15 +10,18 @@ python=${PYTHON:-python}
 until=$((SECONDS + 480))
 mkdir -p "$out"
 
-measure() { # name, then options of benchmark.py
+in_time() { # name, then a script and its options
     local name=$1 left=$((until - SECONDS))
     shift
     if ((left < 20)); then
         echo "$name: left out, the 8 minutes are over"
         return
     fi
-    timeout "$left" "$python" training/benchmark.py --device "${DEVICE:-cuda}" --out "$out/$name.json" "$@" "${options[@]}" ||
-        echo "$name: ended with status $?"
+    timeout "$left" "$python" "$@" || echo "$name: ended with status $?"
+}
+
+measure() { # name, then options of benchmark.py
+    in_time "$1" training/benchmark.py --device "${DEVICE:-cuda}" --out "$out/$1.json" "${@:2}" "${options[@]}"
 }
 
 measure step_32 --only step memory meta --batch 32 --repeats 15 --limit 60
@@ -28,7 +31,6 @@ NVIDIA_TF32_OVERRIDE=0 measure step_32_float32 --only step --batch 32 --repeats 
 measure embed --only embed ingest --repeats 3 --limit 60
 # lightly and lightly-train, where they are installed and DATA names a folder of clips, LABELS one of tasks
 if [[ -n ${DATA:-} && -n ${LABELS:-} ]] && "$python" -c "import lightly, lightly_train" 2>/dev/null; then
-    timeout $((until - SECONDS > 20 ? until - SECONDS : 20)) "$python" training/benchmarks/others.py \
-        --device "${DEVICE:-cuda}" --data "$DATA" --labels "$LABELS" --steps 500 --out "$out/others" ||
-        echo "others: ended with status $?"
+    in_time others training/benchmarks/others.py --device "${DEVICE:-cuda}" --data "$DATA" --labels "$LABELS" \
+        --steps 500 --out "$out/others"
 fi

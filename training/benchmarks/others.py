@@ -145,12 +145,11 @@ def lightly_train(out: Path, steps: int, settings: Settings) -> dict:
     total = run("all", steps)
     backbone.load_state_dict(torch.load(out / "all" / "exported_models" / "exported_last.pt", weights_only=True))
     export(backbone, MODEL, settings.px, out / "export", UNTRAINED)
-    return facts([(total - first) / (steps - WARM)] * steps, None)
+    return {"seconds": (total - first) / (steps - WARM), "waited": None}
 
 
-def facts(seconds: list[float], waited: list[float] | None) -> dict:
-    share = sum(waited[WARM:]) / sum(seconds[WARM:]) if waited else None
-    return {"seconds": statistics.median(seconds[WARM:]), "waited": share}
+def facts(seconds: list[float], waited: list[float]) -> dict:
+    return {"seconds": statistics.median(seconds[WARM:]), "waited": sum(waited[WARM:]) / sum(seconds[WARM:])}
 
 
 ARMS = {
@@ -204,7 +203,8 @@ def knn(rows: list[dict], settings: Settings):
 
 def main(settings: Settings):
     out = Path(settings.out).resolve()
-    settings.out, settings.data, settings.labels = str(out), str(Path(settings.data).resolve()), settings.labels
+    settings.out = str(out)
+    settings.data, settings.labels = (str(Path(given).resolve()) for given in (settings.data, settings.labels))
     rows: list[dict] = []
 
     def add(name: str, steps: int):
@@ -217,7 +217,7 @@ def main(settings: Settings):
         if len(rows) == 1:
             write_frames(settings)
     given = settings.steps * rows[0]["seconds"]
-    for row in rows[1:4]:
+    for row in rows[1 : len(ARMS)]:
         add(row["arm"], max(2 * WARM, round(given / row["seconds"])))
     knn(rows, settings)
     write_json(out / "table.json", {"machine": cpu_name(), "settings": vars(settings), "rows": rows}, indent=1)
