@@ -50,6 +50,8 @@ class Release:
     """fp16 or fp32."""
     default: bool = False
     """Put it first: what pretrained=True takes."""
+    wheel: bool = True
+    """False: only in the repository; name the file in setup.cfg under options.exclude_package_data, too."""
     results: tuple[str, ...] = ()
     """results.json files of training/evaluate.py with this tag among the backbones; the registry gets its figures."""
 
@@ -94,6 +96,7 @@ def main(settings: Release, weights: Path = registry.WEIGHTS) -> str:
         "data": settings.data,
         "metrics": metrics,
         "hub_id": None,
+        **({} if settings.wheel else {"wheel": False}),
     }
     first = {name: entry} if settings.default else {}
     entries = {**first, **entries, name: entry}

@@ -26,7 +26,7 @@ def _list(args):
             "licence": e["licence"],
             "metrics": e.get("metrics", {}),
             "sha256": e["sha256"],
-            "packaged": bool(e.get("file")),
+            "packaged": bool(e.get("file")) and (registry.WEIGHTS / e["file"]).is_file(),
             "hub_id": e.get("hub_id"),
         }
         for name, e in registry.releases().items()

@@ -8,6 +8,7 @@ and an entry:
         "file": "meta_uscl_resnet18.<tag>.safetensors",   (in weights/; null if it is on the Hub only)
         "sha256": "<of that file>", "px": 112, "licence": "cc-by-4.0",
         "data": "<what it was trained on>", "metrics": {"<task>": 0.0}, "hub_id": "org/name" (or null),
+        "wheel": false,   (only where the file is in the repository and not in the wheel)
         "mean": 0.18, "std": 0.24   (only where they are not the architecture's)}
 """
 

@@ -124,7 +124,7 @@ def locate(name: str, cfg, cache_dir=None) -> Path:
         path = Path(cfg.file)
         released = path == packaged
         if released and not path.exists():
-            raise CheckpointError(f"{path}: the packaged weights of {full} are missing. Install uscl-hub again")
+            raise CheckpointError(f"{path}: the weights of {full} are missing. {_remedy(entry)}")
     elif cfg.hf_hub_id:
         repo, _, revision = cfg.hf_hub_id.partition("@")
         path = hub.fetch(repo, cfg.hf_hub_filename or WEIGHTS_NAME, revision or None, cache_dir)
@@ -139,6 +139,15 @@ def locate(name: str, cfg, cache_dir=None) -> Path:
     if entry and released:
         check_sha256(path, entry["sha256"])
     return path
+
+
+def _remedy(entry: dict) -> str:
+    if entry.get("wheel", True):
+        return "Install uscl-hub again"
+    return (
+        "They are in the repository, but not in the wheel: install uscl-hub from a checkout (pip install -e CHECKOUT), "
+        f"or pass its uscl_hub/weights/{entry['file']} as checkpoint"
+    )
 
 
 def _unreleased(name: str) -> str:

@@ -58,7 +58,10 @@ def test_weights_provenance_and_registry(settings, trained, weights):
     assert known["curves"]["training"][0]["step"] == 1 and known["curves"]["validation"][-1]["step"] == 4
     assert registry.provenance("meta_uscl_tiny.v2") is None
 
-    release.main(replace(settings, tag="v2", dtype="fp32"), weights)
+    assert "wheel" not in entry
+
+    release.main(replace(settings, tag="v2", dtype="fp32", wheel=False), weights)
+    assert registry.releases()["meta_uscl_tiny.v2"]["wheel"] is False
     release.main(replace(settings, tag="v3", default=True), weights)
     assert [name.split(".")[1] for name in registry.releases()] == ["v3", "v1", "v2"]
     full = checkpoints.load_tensors(weights / "meta_uscl_tiny.v2.safetensors")

@@ -1,5 +1,6 @@
 """The timm models and the package as installed: every idiom of timm, releases, import cost, metadata."""
 
+import configparser
 import json
 import os
 import shutil
@@ -208,6 +209,39 @@ for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-100], None):
     assert result.returncode == 0, result.stderr
 
 
+def test_weights_that_are_not_in_the_wheel_are_asked_for(released, tmp_path):
+    shutil.copytree(released / "uscl_hub", tmp_path / "uscl_hub")
+    registry = tmp_path / "uscl_hub/weights/registry.json"
+    entries = json.loads(registry.read_text())
+    entries["meta_uscl_resnet18.fake"]["wheel"] = False
+    registry.write_text(json.dumps(entries))
+    file = tmp_path / "uscl_hub/weights/meta_uscl_resnet18.fake.safetensors"
+    elsewhere = file.rename(tmp_path / file.name)
+    code = """
+import timm, uscl_hub
+from uscl_hub.cli import main
+try:
+    timm.create_model("meta_uscl_resnet18.fake", pretrained=True)
+except uscl_hub.checkpoints.CheckpointError as error:
+    assert "not in the wheel" in str(error) and "uscl_hub/weights/meta_uscl_resnet18.fake." in str(error), error
+else:
+    raise SystemExit("taken")
+uscl_hub.load_meta_uscl_backbone(checkpoint=r"%s")
+main(["list", "--json"])
+"""
+    result = quick(code % elsewhere, tmp_path, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)[0]["packaged"] is False
+
+
+def test_the_wheel_leaves_out_what_the_registry_says():
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    left_out = settings["options.exclude_package_data"]["uscl_hub"].replace("weights/", "").split(", ")
+    outside = [entry["file"] for entry in models.releases().values() if not entry.get("wheel", True)]
+    assert sorted(left_out) == sorted(outside)
+
+
 def test_import_costs_little_beyond_timm(tmp_path):
     def seconds():
         code = (
@@ -257,7 +291,8 @@ def test_wheel_in_a_fresh_environment(tmp_path):
     assert [entry["name"] for entry in json.loads(listing)] == list(models.releases())
     assert (site / "uscl_hub/py.typed").is_file()
     assert weights == str(site / "uscl_hub/weights" / next(iter(models.releases().values()))["file"])
-    shipped = {"registry.json"} | {f"{name}.{end}" for name in models.releases() for end in ("safetensors", "json")}
+    shipped = {"registry.json"} | {f"{name}.json" for name in models.releases()}
+    shipped |= {entry["file"] for entry in models.releases().values() if entry.get("wheel", True)}
     assert shipped == {path.name for path in (site / "uscl_hub/weights").iterdir()}
     assert run(tmp_path / "venv/bin/uscl-hub", "--version") == f"uscl-hub {uscl_hub.__version__}"
 
