@@ -123,7 +123,7 @@ def locate(name: str, cfg, cache_dir=None) -> Path:
     if cfg.file and not (Path(cfg.file) == packaged and not packaged.exists() and cfg.hf_hub_id):
         path = Path(cfg.file)
         released = path == packaged
-        if released and not path.exists():
+        if entry and released and not path.exists():
             raise CheckpointError(f"{path}: the weights of {full} are missing. {_remedy(entry)}")
     elif cfg.hf_hub_id:
         repo, _, revision = cfg.hf_hub_id.partition("@")
