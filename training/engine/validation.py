@@ -88,13 +88,13 @@ def representations(backbone, frames, size, device, batch=64):
     """Representations of grey frames, preprocessed as in deployment.
 
     Args:
-        backbone: maps (B, C, size, size) to (B, d); used in eval mode, its mode is restored.
+        backbone: maps (B, C, size, size) to (B, d); used in eval mode, its modules' modes are restored.
         frames: uint8 (B, S, S) of any S.
 
     Returns:
         float32 numpy (B, d).
     """
-    training = backbone.training
+    training = [module for module in backbone.modules() if module.training]  # held stages are not
     backbone.eval()
     channels = input_channels(backbone)
     out = []
@@ -102,7 +102,8 @@ def representations(backbone, frames, size, device, batch=64):
         images = torch.stack([normalise(resize(np.asarray(f), size), channels) for f in frames[i : i + batch]])
         images = images.to(device, memory_format=torch.channels_last)
         out.append(backbone(images).float().cpu().numpy())
-    backbone.train(training)
+    for module in training:
+        module.training = True
     return np.concatenate(out)
 
 

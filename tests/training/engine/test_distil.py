@@ -154,8 +154,10 @@ def test_our_normalisation_goes_into_the_first_layers():
 
 def test_held_stages_stay(tiny, tmp_path):
     for hold in (0, 2):
-        config = tiny(method="simclr", model={"hold": hold}, out=str(tmp_path / str(hold)), optim={"steps": 2})
+        config = tiny(method="simclr", model={"hold": hold}, out=str(tmp_path / str(hold)), optim={"steps": 5})
         run.main(config)
+        log = (tmp_path / str(hold) / "log.jsonl").read_text()
+        assert log.count("val_loss") == 2  # there are steps after a validation
     torch.manual_seed(0)
     start = Encoder("test_resnet", 16).backbone.state_dict()
     free, held = (
