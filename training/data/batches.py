@@ -64,7 +64,7 @@ def make_batch(cache, clips, config: Pairs, key, part=slice(None), faults=None):
 
 
 def furthest(cache, clip, config: Pairs):
-    """Largest distance in frames between the frames of a pair that the settings allow for this clip's frame rate."""
+    """Largest distance in kept frames between the frames of a pair that the settings allow for a clip's rate."""
     if config.max_seconds and cache.fps[clip] > 0:  # an unknown rate is NaN
         return min(config.max_dist, max(1, int(config.max_seconds * cache.fps[clip])))
     return config.max_dist

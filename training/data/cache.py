@@ -29,8 +29,8 @@ class FrameCache:
     """Random access to cached frames, a clip a row. Pickles as folders and row numbers: every process maps the files.
 
     folders: of the cache; size: pixels of the frames' sides. table: `index.SCHEMA`, sorted by id. lengths, offsets:
-    int64 (clips,), where `at` finds a clip's frames; fps: float32 (clips,), NaN where unknown; crc32: int64 (clips,),
-    of a clip's frames, -1 where an old cache has none. `take`, `clip` and `check` compare a clip's frames with it when
+    int64 (clips,), where `at` finds a clip's frames; fps: float32 (clips,), of the kept frames, NaN where unknown;
+    stride: every so many frames of a file are kept; crc32: int64 (clips,), of a clip's frames, -1 where an old cache has none. `take`, `clip` and `check` compare a clip's frames with it when
     they are first read.
     """
 
@@ -41,15 +41,18 @@ class FrameCache:
         table: pa.Table,
         logs: Sequence[Log] | None = None,
         rows: np.ndarray | None = None,
+        stride: int = 1,
     ):
         """The clips in `rows` of the table (None: all), which is that of `logs` (None: it pickles with the cache)."""
         self.folders, self.size, self.logs, self.rows = tuple(map(Path, folders)), size, logs, rows
+        self.stride = stride
         self._set_table(table)
 
     def _set_table(self, table: pa.Table):
         self.table = table
         numbers = ("frames", "offset", "fps", "crc32")
-        self.lengths, self.offsets, self.fps, self.crc32 = (self._numpy(name) for name in numbers)
+        self.lengths, self.offsets, fps, self.crc32 = (self._numpy(name) for name in numbers)
+        self.fps = fps / np.float32(self.stride)  # the index has the file's
 
     def _numpy(self, name: str) -> np.ndarray:
         values = index.column(self.table, name).to_numpy()
@@ -66,12 +69,13 @@ class FrameCache:
             raise CacheError(f"{', '.join(map(str, folders))}: their frames were made with different settings: {names}")
         about = folders[0] / "settings.json"
         try:
-            size = int(json.loads(about.read_text(encoding="utf-8"))["size"])
+            settings = json.loads(about.read_text(encoding="utf-8"))
+            size, stride = int(settings["size"]), int(settings.get("stride", 1))
         except (ValueError, KeyError, TypeError) as error:
             raise CacheError(f"{about} is damaged: delete {folders[0]} and ingest again") from error
         logs = index.find_logs(folders)
         table = index.load(folders, size, logs)
-        return cls(folders, size, table, logs, first_of_each(table))
+        return cls(folders, size, table, logs, first_of_each(table), stride)
 
     # --------------------------------------------------------------------------------------------- about the clips
 
@@ -218,7 +222,7 @@ class FrameCache:
     # --------------------------------------------------------------------------------------------------- processes
 
     def __getstate__(self):
-        kept = {"folders": self.folders, "size": self.size, "logs": self.logs, "rows": self.rows}
+        kept = {name: getattr(self, name) for name in ("folders", "size", "logs", "rows", "stride")}
         return kept if self.logs is not None else kept | {"table": self.table}
 
     def __setstate__(self, state):

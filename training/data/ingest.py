@@ -146,7 +146,7 @@ def select(records: list[dict], lines: dict[str, dict], logs: list[Log], work: W
             table = index.save(work.folders, logs, table)
     names = pa.array([record["id"] for record in records], table.schema.field("id").type)
     rows = pc.index_in(names, index.column(table, "id")).to_numpy()
-    return FrameCache(work.folders, work.settings.size, table, logs, rows)
+    return FrameCache(work.folders, work.settings.size, table, logs, rows, work.settings.stride)
 
 
 # ------------------------------------------------------------------------------------------- what is to be done

@@ -352,6 +352,8 @@ def test_long_clips_are_not_held_in_memory(demo, tmp_path, monkeypatch):
 
 def test_stride_max_frames_sheets_and_bad_arguments(demo, tmp_path):
     cache = ingest([demo], tmp_path, size=32, workers=0, progress=False, stride=2, max_frames=2, sheets=True)
+    for same in (cache, FrameCache.open(tmp_path), pickle.loads(pickle.dumps(cache))):
+        assert set(same.fps) == {15 / 2}  # of the frames that are kept, of 15 a second
     assert cache.lengths.tolist() == [2] * 10
     assert (cache.path / "sheets" / "000.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="cut"):
