@@ -11,7 +11,7 @@ import torch
 from training import config as configs
 from training.benchmarks.data import load_batches
 from training.benchmarks.measure import Row, clip_folder, quietly, ratio, spent, take_turns
-from training.benchmarks.steps import bf16, meta, plain, problem
+from training.benchmarks.steps import meta, plain, problem
 from training.data.ingest import ingest
 from training.method.networks import input_channels
 from training.method.step import delayed_step
@@ -56,7 +56,7 @@ def direction(values):
 
 def accuracy(settings, device, folder):
     """Early steps are sensitive to rounding; later ones have the goals."""
-    ways = {"bf16": partial(bf16, meta), "difference": partial(meta, tangent="difference")}
+    ways = {"bf16": partial(meta, bf16=True), "difference": partial(meta, tangent="difference")}
     goals = {"bf16": ">= 0.99", "difference": ">= 0.999"}
     for name, values in cosines(ways, settings, device, folder).items():
         value, _, note = direction(values)

@@ -63,8 +63,8 @@ def images(encoder, batch, px, device, layout):
     return [torch.randn(shape).to(device, memory_format=layout) for _ in range(2)]
 
 
-def plain(p):
-    contrastive_step(Learner(p.encoder, p.optimizer, temperature=TEMPERATURE), p.views)
+def plain(p, **options):
+    contrastive_step(Learner(p.encoder, p.optimizer, temperature=TEMPERATURE, **options), p.views)
 
 
 def meta(p, step=exact_step, clean=1.0, **options):
@@ -77,11 +77,6 @@ def few(pairs, share):
     """The first `share` of the pairs in (2n, ...), n first views and n second ones; at least 2 pairs."""
     n = max(2, int(len(pairs) // 2 * share))
     return torch.cat([view[:n] for view in pairs.chunk(2)])  # keeps channels_last
-
-
-def bf16(step, p):
-    with torch.autocast(p.views.device.type, torch.bfloat16):
-        step(p)
 
 
 def double_backward(p):
@@ -119,8 +114,8 @@ STEPS = {
     "double backward": double_backward,
     "delayed": partial(meta, step=delayed_step),
     "difference": partial(meta, tangent="difference"),
-    "plain bf16": partial(bf16, plain),
-    "exact bf16": partial(bf16, meta),
+    "plain bf16": partial(plain, bf16=True),
+    "exact bf16": partial(meta, bf16=True),
 }
 
 

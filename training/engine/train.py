@@ -235,6 +235,7 @@ def learner_of(state: State, config: Config) -> Learner:
         config.meta.tangent,
         config.meta.depth,
         weighting,
+        config.precision == "bf16",
     )
 
 
@@ -250,10 +251,9 @@ def step(state: State, config: Config, loaded, device: torch.device, distillatio
         anchor = dict(zip(learner.parameters, distillation.gradients(state.encoder, state.step)))
     size, channels = config.model.size, input_channels(state.encoder)
     views, about = loaded.pairs.views(device, size, channels), loaded.pairs.about.to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        if loaded.clean is None:
-            return contrastive_step(learner, views, anchor, about)
-        clean = loaded.clean.views(device, size, channels)
-        if config.meta.delayed:
-            return delayed_step(learner, views, clean, anchor, about)
-        return exact_step(learner, views, clean, anchor, config.meta.shuffle, about)
+    if loaded.clean is None:
+        return contrastive_step(learner, views, anchor, about)
+    clean = loaded.clean.views(device, size, channels)
+    if config.meta.delayed:
+        return delayed_step(learner, views, clean, anchor, about)
+    return exact_step(learner, views, clean, anchor, config.meta.shuffle, about)

@@ -60,6 +60,7 @@ class Learner:
         tangent: how outputs are derived along v: 'exact' (forward mode) or 'difference' (of two forward passes).
         depth: the look-ahead moves the last so many stages and the projector; 0: the whole encoder.
         weighting: what makes a weight of a pair.
+        bf16: the encoder's passes are under autocast; the loss and CMW-Net, which are small, stay in float32.
     """
 
     encoder: nn.Module
@@ -71,6 +72,7 @@ class Learner:
     tangent: str = "exact"
     depth: int = 0
     weighting: Weighting = Weighting()
+    bf16: bool = False
 
     def weigh(self, h, z, about=None):
         """Weights of the pairs, (N,), or None for weights of 1; see `weighting.Weighting`."""
@@ -105,7 +107,7 @@ def contrastive_step(learner, views, anchor=None, about=None):
 
     anchor, about: as in `exact_step`.
     """
-    h, z = forward(learner.encoder, views)[:2]  # not the tape: it would keep what the backward pass frees
+    h, z = forward(learner.encoder, views, bf16=learner.bf16)[:2]  # not the tape: it would keep what the backward pass frees
     weights = learner.weigh(h, z, about)
     weights = None if weights is None else weights.detach()
     loss = learner.loss(z, weights)
@@ -126,7 +128,7 @@ def exact_step(learner, views, clean, anchor=None, shuffle=False, about=None):
     Returns:
         A `Step`.
     """
-    h, z, tape = forward(learner.encoder, views)  # the graph serves the look-ahead and the final step
+    h, z, tape = forward(learner.encoder, views, bf16=learner.bf16)  # the graph serves the look-ahead and the final step
 
     weights = learner.weigh(h, z, about)
     grads = gradients(learner.loss(z, weights), learner.moved, anchor, retain_graph=True)
@@ -150,7 +152,7 @@ def exact_step(learner, views, clean, anchor=None, shuffle=False, about=None):
 def delayed_step(learner, views, clean, anchor=None, about=None):
     """`exact_step` with one backward pass less: the weights are those from before CMW-Net's update, and constants in
     the look-ahead, too, so that the look-ahead's gradient is also the final one. Arguments as there."""
-    h, z, tape = forward(learner.encoder, views)
+    h, z, tape = forward(learner.encoder, views, bf16=learner.bf16)
 
     weights = learner.weigh(h.detach(), z.detach(), about).detach()
     loss = learner.loss(z, weights)
@@ -172,7 +174,8 @@ def delayed_step(learner, views, clean, anchor=None, about=None):
 def clean_gradients(learner, clean, ahead):
     """Unweighted loss of the clean pairs at the weights `ahead`, and its gradient there (a dict). Frees `ahead`."""
     rest = {name: p.detach() for name, p in learner.parameters.items()}  # no graph before the first moved layer
-    z = forward(learner.encoder, clean, {**rest, **ahead, **forward_mode.scratch_buffers(learner.encoder)})[1]
+    params = {**rest, **ahead, **forward_mode.scratch_buffers(learner.encoder)}
+    z = forward(learner.encoder, clean, params, learner.bf16)[1]
     loss = learner.loss(z)
     free_in_backward(ahead.values())
     return loss.detach(), gradients(loss, ahead)
@@ -186,9 +189,15 @@ def update_cmw(learner, outputs, derivatives, about):
     learner.cmw_optimizer.step()
 
 
-def forward(encoder, views, params=None):
+def autocast(views, bf16):
+    """Around the encoder's passes alone: it would keep a bfloat16 copy of CMW-Net's weights from before their update."""
+    return torch.autocast(views.device.type, torch.bfloat16, enabled=bf16)
+
+
+def forward(encoder, views, params=None, bf16=False):
     """Representations (2, N, d) and projections (2, N, 128) of all ranks, and the tape of this rank's pass."""
-    (h, z), tape = forward_mode.recorded(encoder, views, params)
+    with autocast(views, bf16):
+        (h, z), tape = forward_mode.recorded(encoder, views, params)
     return global_pairs(h), global_pairs(z), tape
 
 
@@ -252,12 +261,13 @@ def look_ahead_direction(learner, meta_grads):
 
 def push_forward(learner, views, tape, v):
     """Derivatives of representations and projections, (2, N, d) and (2, N, 128), along v (see `Learner.tangent`)."""
-    if learner.tangent == "exact":
-        dh, dz = forward_mode.tangent(learner.encoder, views, tape, v)
-    elif learner.tangent == "difference":
-        dh, dz = difference(learner, views, tape, v)
-    else:
+    if learner.tangent not in ("exact", "difference"):
         raise ValueError(f"meta.tangent: 'exact' or 'difference', not {learner.tangent!r}")
+    with autocast(views, learner.bf16):
+        if learner.tangent == "exact":
+            dh, dz = forward_mode.tangent(learner.encoder, views, tape, v)
+        else:
+            dh, dz = difference(learner, views, tape, v)
     return global_pairs(dh), global_pairs(dz)
 
 

@@ -26,10 +26,12 @@ def test_info_nce_equals_the_naive_loop():
         info_nce(z[:, :1])
 
 
-def meta_step(problem, delayed=False, tangent="exact", depth=0, **options):
+def meta_step(problem, delayed=False, tangent="exact", depth=0, bf16=False, **options):
     """A step on a problem that `build` made."""
     encoder, cmw, optimizer, cmw_optimizer, views, clean = problem
-    learner = step.Learner(encoder, optimizer, cmw, cmw_optimizer, TEMPERATURE, tangent=tangent, depth=depth)
+    learner = step.Learner(
+        encoder, optimizer, cmw, cmw_optimizer, TEMPERATURE, tangent=tangent, depth=depth, bf16=bf16
+    )
     return (step.delayed_step if delayed else step.exact_step)(learner, views, clean, **options)
 
 
@@ -111,11 +113,11 @@ def test_meta_gradient_of_the_last_stages_equals_double_backward(name, depth, de
 
 
 @pytest.mark.parametrize("delayed", [False, True])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_a_depth_of_all_stages_is_the_whole_step_bit_for_bit(delayed, autocast):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_depth_of_all_stages_is_the_whole_step_bit_for_bit(delayed, bf16):
     whole, all_stages = (build("resnet18", dtype=torch.float32) for _ in range(2))
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        a, b = meta_step(whole, delayed), meta_step(all_stages, delayed, depth=len(all_stages[0].stages))
+    a = meta_step(whole, delayed, bf16=bf16)
+    b = meta_step(all_stages, delayed, depth=len(all_stages[0].stages), bf16=bf16)
     assert torch.equal(a.loss, b.loss) and torch.equal(a.meta_loss, b.meta_loss) and torch.equal(a.weights, b.weights)
     for one, other in zip(whole[:2], all_stages[:2]):
         state = other.state_dict()
@@ -247,12 +249,25 @@ def test_tangent_and_the_restored_graph_are_exact(name):
     assert relative(after, before) < 1e-11
 
 
-def meta_gradient(problem, tangent="exact", autocast=False, depth=0):
+def meta_gradient(problem, tangent="exact", bf16=False, depth=0):
     """CMW-Net's gradient in a step on a copy of the problem."""
     problem = copy.deepcopy(problem)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        meta_step(problem, tangent=tangent, depth=depth)
+    meta_step(problem, tangent=tangent, depth=depth, bf16=bf16)
     return torch.cat([p.grad.flatten() for p in problem[1].parameters()]).double()
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+def test_in_bf16_the_step_has_the_weights_and_the_loss_of_float32(delayed, monkeypatch):
+    encoder, cmw, optimizer, cmw_optimizer, *batch = build("test_resnet", dtype=torch.float32)
+    cmw_optimizer.param_groups[0]["lr"] = 0.5  # so far that weights of before the update would show
+    outputs, kept = [], step.global_pairs
+    monkeypatch.setattr(step, "global_pairs", lambda x: outputs.append(kept(x)) or outputs[-1])
+    before = copy.deepcopy(cmw)
+    result = meta_step((encoder, cmw, optimizer, cmw_optimizer, *batch), delayed, bf16=True)
+    h, z = (x.detach() for x in outputs[:2])
+    expected = (before if delayed else cmw)(h).detach()
+    assert torch.equal(result.weights, expected) and (before(h) - cmw(h)).abs().max() > 0.01
+    assert torch.equal(result.loss, step.info_nce(z, expected, TEMPERATURE))  # to the bit: nothing of it is in bf16
 
 
 @pytest.mark.slow
@@ -280,6 +295,6 @@ def test_bf16_keeps_the_direction_in_a_settled_training():
         batch = [torch.cat([s, s]) + 0.1 * torch.randn(32, 3, 32, 32) for s in scenes]
         problem = encoder, cmw, optimizer, cmw_optimizer, *batch
         if i >= 24:
-            rough, exact = rough + meta_gradient(problem, autocast=True), exact + meta_gradient(problem)
+            rough, exact = rough + meta_gradient(problem, bf16=True), exact + meta_gradient(problem)
         meta_step(problem)
     assert 0.99 < cosine(rough, exact) < 0.999999  # it is no float32
