@@ -24,6 +24,7 @@ from training.tuning.problem import Problem
 from training.tuning.recipes import BATCH, WARM_UP, WEIGHT_DECAY, Recipe, freeze
 from uscl_hub.errors import UserError
 from uscl_hub.labels import Labels
+from uscl_hub.registry import plain_name
 
 FRAMES = 8  # of an item in one epoch, at most
 DRAWS = 512  # frames in one epoch, at least: a small set is gone through several times
@@ -53,7 +54,7 @@ def build(backbone: Backbone, problem: Problem) -> nn.Module:
 
 def plain(backbone: Backbone) -> str:
     """Its architecture as timm alone knows it."""
-    return backbone.architecture.removeprefix("meta_uscl_").partition(".")[0]
+    return plain_name(backbone.architecture)
 
 
 def train(setting: Setting, recipe: Recipe, items: np.ndarray, epochs: int, check: Callable = None) -> nn.Module:
