@@ -35,7 +35,8 @@ def stream_frames(source, path: Path, stride: int, note):
         with av.open(
             source,
             metadata_errors="ignore",  # tags in any encoding
-            options={"protocol_whitelist": "file", "format_whitelist": _DEMUXERS},
+            # not options=, which are the streams', too: with these, PyAV before 18 crashes at MPEG program streams
+            container_options={"protocol_whitelist": "file", "format_whitelist": _DEMUXERS},
         ) as container:
             stream = _main_stream(container, path)
             rate = stream.average_rate or stream.guessed_rate
