@@ -97,8 +97,8 @@ def _of_label(positive, score, group, counts) -> Iterator[tuple[str, Estimate]]:
         both(lambda hit, true, _, right, rest: (hit / np.maximum(true, 1) + right / np.maximum(rest, 1)) / 2),
     )
     area = [intervals.auroc(positive, score, group, w) for w in (once, counts)]
-    lacking = np.isnan(both(lambda *sums: 1.0).draws)
-    yield "AUROC", Estimate(float(area[0][0]), np.where(lacking, np.nan, area[1]))
+    defined = both(lambda *sums: 1.0)  # nan where all are positive, or none is
+    yield "AUROC", Estimate(float(area[0][0]) * defined.value, area[1] * defined.draws)
     yield "average precision", _precision(positive, score, group, counts)
     confidence = np.where(said, score, 1 - score)
     yield "expected calibration error", calibration_error(confidence, said == positive, group, counts)
@@ -106,7 +106,7 @@ def _of_label(positive, score, group, counts) -> Iterator[tuple[str, Estimate]]:
 
 def _precision(positive, score, group, counts) -> Estimate:
     parts = [weighted_precision(positive, score, counts[i : i + 64, group]) for i in range(0, len(counts), 64)]
-    return Estimate(average_precision_score(positive, score), np.concatenate(parts))
+    return Estimate(average_precision_score(positive, score) if positive.any() else np.nan, np.concatenate(parts))
 
 
 def weighted_precision(positive: np.ndarray, score: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -92,6 +92,15 @@ def test_several_labels(rng, groups):
         assert mean.draws == pytest.approx(np.mean([e.draws for e in both], axis=0))
 
 
+def test_a_label_that_nothing_has_leaves_no_value(groups):
+    targets = np.stack([np.zeros(300), np.arange(300) % 2], 1)
+    found = metrics.multilabel(targets, np.full((300, 2), 0.4), groups, ("none", "half"), 30)
+    for name in ("AUROC", "F1", "balanced accuracy", "average precision"):
+        own, mean = found[f"{name} none"], found["macro-F1" if name == "F1" else name]
+        assert np.isnan([own.value, mean.value, *own.draws, *mean.draws]).all(), name
+        assert np.isfinite(found[f"{name} half"].value)
+
+
 def test_a_rare_label_leaves_draws_without_a_value(groups):
     targets = np.stack([groups == 0, np.arange(300) % 2], axis=1)
     found = metrics.multilabel(targets, np.full((300, 2), 0.4), groups, ("rare", "common"), 30)
