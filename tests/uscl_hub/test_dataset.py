@@ -373,3 +373,14 @@ def test_busi():
     assert sum(len(item.masks) > 1 for item in masks.items) > 10
     few = cluster(found.subset(np.arange(0, 778, 40)))
     assert any("patients are unknown" in note for note in few.notes)
+
+
+def test_masks_below_a_linked_folder(tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name in ("a", "b"):
+        Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / "disk" / f"{name}.png")
+        Image.fromarray(np.eye(20, dtype=bool)).save(tmp_path / "disk" / f"{name}_mask.png")
+    (tmp_path / "lesions").symlink_to(tmp_path / "disk")
+    found = read_labels(tmp_path / "lesions")
+    assert found.task == "segmentation"
+    assert [(item.id, len(item.masks)) for item in found.items] == [("a.png", 1), ("b.png", 1)]

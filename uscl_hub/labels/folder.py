@@ -53,12 +53,12 @@ def _images_with_masks(root: Path, base: Path, frames: str) -> list[Item]:
     owned = {file for files in masks.values() for file in files}
     items = []
     for clip in clips:
-        if clip.files[0] in owned:  # a mask
+        file = clip.files[0].parent.resolve() / clip.files[0].name  # as `masks_below` has it
+        if file in owned:  # a mask
             continue
         parts = clip.id.removeprefix(clip.source + "/").split("/")
         label = parts[0] if len(parts) > 1 else ""
-        key = clip.files[0].with_suffix("")
-        items.append(Item("/".join(parts), clip, label, masks=tuple(masks.get(key, ()))))
+        items.append(Item("/".join(parts), clip, label, masks=tuple(masks.get(file.with_suffix(""), ()))))
     return items
 
 
