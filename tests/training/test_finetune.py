@@ -390,6 +390,45 @@ def test_rows_of_the_split_test_are_not_learned_from(folder, tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    "tested, message",
+    [
+        ({1, 3}, "the split 'test' has no file of large"),
+        ({0, 1}, "the split 'test' is of one group"),
+        (set(range(0, 24, 2)), "without the rows of the split 'test', has no file of large"),
+        (set(range(2, 24)), "without the rows of the split 'test', is of one group"),
+    ],
+)
+def test_a_split_without_scores_is_refused_before_anything_is_trained(folder, tmp_path, tested, message, monkeypatch):
+    names, patients = ("large", "small"), 2 if tested in ({0, 1}, set(range(2, 24))) else 1
+    rows = [
+        f"{folder}/classes/{names[i % 2]}/{i}.png,{names[i % 2]},p{i // patients},{'test' * (i in tested)}"
+        for i in range(24)
+    ]
+    (tmp_path / "labels.csv").write_text("path,label,group,split\n" + "\n".join(rows), encoding="utf-8")
+    monkeypatch.setattr(run, "load_backbone", lambda *a: pytest.fail("the labels come first"))
+    with pytest.raises(LabelError, match=message):
+        run.run(run.FinetuneConfig(str(tmp_path), str(tmp_path / "out")))
+
+
+def test_the_released_lite0_is_tuned_as_itself(folder, tiny_export, tmp_path):
+    name = "meta_uscl_efficientnet_lite0.cc_by_128"
+    setting = setting_of(folder / "classes", tiny_export, tmp_path, backbones=(name,), px=64)
+    model = network.build(setting.backbone, setting.problem).eval()
+    result = {"items": 24, "recipe": "", "temperature": 1.0, "scores": {}, "honesty": "", "imbalance": ""}
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "model.onnx").write_bytes(b"of other weights")
+    written = export.write(tmp_path / "export", model, setting, result)
+    export.check(written, model, setting)
+    assert not (written / "model.onnx").exists()
+    unet = network.build(setting.backbone, replace(setting.problem, task="segmentation")).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        maps = setting.backbone.model.forward_intermediates(x, intermediates_only=True)
+        for ours, theirs in zip(unet.encoder(x), maps, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
 def test_a_backbone_pretrained_on_the_data_is_told(folder, tiny_export):
     found, backbone = labels.read(folder / "numbers.csv"), load_backbone(f"tiny={tiny_export}")
     assert run.leaked(backbone, found) == ""

@@ -21,7 +21,8 @@ TOLERANCE = 1e-4  # of the largest logit, between ONNX and PyTorch
 
 
 def write(folder: Path, model: torch.nn.Module, setting: Setting, result: dict) -> Path:
-    """model.safetensors, config.json and README.md; an older export in `folder` is replaced file by file.
+    """model.safetensors, config.json and README.md; an older export in `folder` is replaced file by file, its
+    model.onnx is removed.
 
     Args:
         model: on the CPU.
@@ -30,6 +31,7 @@ def write(folder: Path, model: torch.nn.Module, setting: Setting, result: dict) 
     Raises:
         CheckpointError: a weight is not finite; nothing is written.
     """
+    (folder / ONNX_NAME).unlink(missing_ok=True)  # of the older weights: it must not be taken for one of these
     replace_folder(folder, model.state_dict(), partial(_config, setting, model, result), card)
     return folder
 

@@ -51,7 +51,21 @@ def without_test(found: Labels) -> tuple[Labels, Labels | None]:
         return found, None
     if test.all():
         raise LabelError(f"{found.source}: every row is of the split 'test': nothing is left to learn from")
-    return found.subset(~test), found.subset(test)
+    learned, tested = found.subset(~test), found.subset(test)
+    check_whole(learned, f"{found.source}, without the rows of the split 'test',")
+    check_whole(tested, f"{found.source}: the split 'test'")
+    return learned, tested
+
+
+def check_whole(found: Labels, where: str) -> None:
+    """Raises LabelError, which begins with `where`, if a class is missing or all files belong to one group: scores and
+    their intervals would not be defined."""
+    if found.task == "classification":
+        if lacking := sorted(set(range(len(found.classes))) - set(found.targets.tolist())):
+            names = ", ".join(found.classes[c] for c in lacking)
+            raise LabelError(f"{where} has no file of {names}: it needs files of every class")
+    if len(set(found.groups)) < 2:
+        raise LabelError(f"{where} is of one group: it needs files of two at least")
 
 
 def limited(found: Labels, count: int, seed: int) -> Labels:

@@ -160,8 +160,7 @@ def _test(config: FinetuneConfig, found: Labels) -> Labels:
     test = labels.read(config.test, found.task, config.columns, classes, config.frames)
     if test.classes != found.classes:
         raise LabelError(f"test: {config.test} has {', '.join(test.classes)}, --data has {', '.join(found.classes)}")
-    if found.task == "classification" and len(set(test.targets)) < len(test.classes):
-        raise LabelError(f"test: {config.test} lacks one of the classes {', '.join(found.classes)}")
+    labels.check_whole(test, f"test: {config.test}")
     known = {content_hash(item.clip) for item in found.items}
     if same := [item.id for item in test.items if content_hash(item.clip) in known]:
         raise LabelError(f"test: {len(same)} of its files are in --data too ({same[0]}): take them out of one of both")
