@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch import nn
 
 from uscl_hub import checkpoints, tensors
 from uscl_hub.checkpoints import CONFIG_NAME, WEIGHTS_NAME, CheckpointError
-from uscl_hub.preprocess import create_transform
+from uscl_hub.clips.crop import apply_region, detect_region
+from uscl_hub.preprocess import create_transform, normalise, resize, to_grey
 from uscl_hub.unet import UNet
 
 TASKS = ("classification", "multilabel", "regression", "segmentation")
@@ -63,8 +65,9 @@ def load_classifier(path):
 
     path: its folder `export`. Returns (model, transform, labels): an nn.Module in eval mode, float32 (B, 3, px, px) ->
     logits (B, labels), of a segmentation (B, 1, px, px); what makes its input of a PIL image, array or tensor; and the
-    names of its outputs. `read_meaning` has the temperature. Raises CheckpointError, naming the file, if the folder
-    is damaged or is not of training/finetune.py.
+    names of its outputs. A model that was trained on crops has its images cropped as `uscl-hub predict` crops a single
+    image; of a clip, that looks for the moving region in all frames together. `read_meaning` has the temperature.
+    Raises CheckpointError, naming the file, if the folder is damaged or is not of training/finetune.py.
 
         model, transform, labels = uscl_hub.load_classifier("runs/mine/export")
         label = labels[model(transform(image)[None]).argmax()]
@@ -77,7 +80,26 @@ def load_classifier(path):
         checkpoints.check_folder(path)
         model = timm.create_model(f"local-dir:{Path(path).resolve()}", pretrained=True)
     size, mean, std = cfg["input_size"], cfg["mean"], cfg["std"]
-    return model.eval(), create_transform({"input_size": size, "mean": mean, "std": std}), list(meaning.labels)
+    transform = create_transform({"input_size": size, "mean": mean, "std": std})
+    if meaning.crop != "none":
+        transform = partial(_cropped, crop=meaning.crop, **transform.keywords)
+    return model.eval(), transform, list(meaning.labels)
+
+
+def _cropped(image, *, crop: str, size: int, in_chans: int, mean, std, dtype) -> torch.Tensor:
+    grey = to_grey(image)
+    grey = np.ascontiguousarray(apply_region(grey, detect_region(grey[None]), crop))
+    return normalise(resize(grey, size), in_chans, mean, std, dtype)
+
+
+def check_export(folder) -> dict:
+    """`checkpoints.check_folder`, of a U-Net of training/finetune.py, too, which is no network of timm's."""
+    *_, config = checkpoints.read_config(folder)
+    about = config.get("uscl_hub")
+    if not isinstance(about, dict) or about.get("decoder") != "unet":
+        return checkpoints.check_folder(folder)
+    _load_unet(Path(folder), len(read_meaning(folder).labels))
+    return config
 
 
 def _load_unet(folder: Path, outputs: int) -> UNet:

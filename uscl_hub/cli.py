@@ -94,6 +94,7 @@ def _facts_of_folder(path) -> dict:
 
 def _verify(args):
     from uscl_hub import checkpoints, sources
+    from uscl_hub.classifier import check_export
     from uscl_hub.load import load_meta_uscl_backbone
 
     name, what = sources.split(args.what, args.name)
@@ -103,7 +104,7 @@ def _verify(args):
         return {"ok": True, "name": source.release, "warnings": []}, [f"{source.release}: OK"]
     checked, warnings = "schema, keys, shapes, values", []
     if source.folder:
-        about = checkpoints.check_folder(source.folder).get("uscl_hub") or {}
+        about = check_export(source.folder).get("uscl_hub") or {}
         if not about.get("method"):
             warnings.append("config.json has no 'uscl_hub' table with a method: where the weights are from is unknown")
         if about.get("sha256"):

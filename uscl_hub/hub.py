@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from uscl_hub.checkpoints import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, check_folder
+from uscl_hub.checkpoints import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from uscl_hub.errors import CheckpointError
 from uscl_hub.files import check_regular
 from uscl_hub.tensors import check_sha256, one_line
@@ -58,12 +58,14 @@ def push(folder, repo: str, *, private: bool = False, revision: str | None = Non
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
+    from uscl_hub.classifier import check_export
+
     folder = Path(folder)
     if not is_repo_id(repo):
         raise CheckpointError(f"{repo}: not a Hub id of the form org/name")
     for name in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME):
         _check_own(folder, name)
-    check_folder(folder)
+    check_export(folder)
     _check_token(repo)
     files = [CommitOperationAdd(name, str(folder / name)) for name in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME)]
     api = HfApi(library_name="uscl-hub")

@@ -1,6 +1,6 @@
 """What a fine-tuned model says of files: `uscl-hub predict`. One row a clip, or one a frame, as CSV or Parquet.
 
-Clips are found, cropped and read as in training and by `uscl-hub embed`, and a clip's frames are taken at the rate of
+Clips are found, cropped and read as in training and by `uscl-hub embed`. A clip's row is the mean of frames at the rate of
 the training. Finished clips are kept in `<output>.partial` until the table is whole: an interrupted run goes on.
 """
 
@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Iterable, Iterator
 
@@ -21,7 +22,7 @@ from scipy.ndimage import binary_erosion
 from scipy.special import entr
 
 from uscl_hub.classifier import Meaning, load_classifier, read_meaning, run
-from uscl_hub.clips import content_hash
+from uscl_hub.clips import Clip, content_hash
 from uscl_hub.clips.clip import path_of
 from uscl_hub.clips.pictures import YELLOW, contact_sheet
 from uscl_hub.clips.read import Frames, read_clip
@@ -58,7 +59,8 @@ def predict(
             classes p_LABEL for each (calibrated), label and entropy (in nats); of several labels p_LABEL for each; of a
             regression a column for each label. Of a segmentation mask (a PNG of 0 and 255 in the folder beside the
             output, of the frame's size) and area, its share of the picture; a contact sheet shows outlines.
-        per: 'clip', the mean over a clip's frames, or 'frame'. A segmentation has a row a frame.
+        per: 'clip', the mean over a clip's frames at the rate of the training, or 'frame', a row for each of all
+            frames, as a segmentation has.
         frames: what numbered images of one folder are, see `find_clips`.
         onnx: run model.onnx of the folder by onnxruntime; probabilities differ by less than 1e-3 from PyTorch's.
 
@@ -71,9 +73,13 @@ def predict(
     if per not in ("clip", "frame"):
         raise ValueError(f"per is {per!r}: choose 'clip' or 'frame'")
     clips, passed = find_inputs(inputs, frames)
-    network = _network(model, onnx, device)
-    settings = {"weights": meaning.sha256, "per": per, "onnx": onnx}
     partial = output.with_name(output.name + ".partial")
+    if meaning.task == "segmentation":
+        clips = _not_written(clips, (partial, *_pictures(output)))
+    if per == "frame" or meaning.task == "segmentation":
+        meaning = replace(meaning, rate=0)  # all frames
+    network = _network(model, onnx, device)
+    settings = {"weights": meaning.sha256, "per": per, "onnx": onnx, "rate": meaning.rate}
     partial.mkdir(parents=True, exist_ok=True)
     with locked(partial):
         check_room(partial)
@@ -184,7 +190,8 @@ def _result(clip, shown: Frames, said: np.ndarray, meaning: Meaning, partial: Pa
     numbers = range(0, len(shown.images), _step(shown, meaning))
     if not np.isfinite(said).all():
         raise UserError(f"{path_of(clip)}: the model gives numbers that are not finite")
-    common = {"path": str(path_of(clip)), "clip": clip.id}
+    path = os.fsencode(path_of(clip)).decode("utf-8", "backslashreplace")  # as in clip.id
+    common = {"path": path, "clip": clip.id}
     if meaning.task == "segmentation":
         rows = [
             {**common, "frame": n, "frames": 1, **_masked(clip, n, p[0], shown, partial)} for n, p in zip(numbers, said)
@@ -229,9 +236,20 @@ def _tile(image: np.ndarray, mask: np.ndarray) -> Image.Image:
     return Image.fromarray(colours).resize((TILE, TILE))
 
 
+def _pictures(output: Path) -> tuple[Path, Path]:
+    """The folder of a segmentation's masks, and their contact sheet."""
+    return output.with_name(output.stem + "_masks"), output.with_name(output.stem + "_masks.png")
+
+
+def _not_written(clips: list[Clip], places: Iterable[Path]) -> list[Clip]:
+    """The clips but those that the same command has written, where its output lies below its inputs."""
+    own = {place.resolve() for place in places}
+    return [clip for clip in clips if own.isdisjoint((file := clip.files[0].resolve(), *file.parents))]
+
+
 def _take_masks(partial: Path, output: Path) -> None:
     """Move the masks beside the output, with a contact sheet of the first ones."""
-    folder = output.with_name(output.stem + "_masks")
+    folder, sheet_file = _pictures(output)
     folder.mkdir(exist_ok=True)
     for file in finished(partial / "masks", ".png"):
         os.replace(file, folder / file.name)
@@ -241,7 +259,7 @@ def _take_masks(partial: Path, output: Path) -> None:
         with Image.open(file, formats=("PNG",)) as picture:
             pictures.append(picture.convert("RGB"))
     sheet = contact_sheet(pictures, 6)
-    write_whole(output.with_name(output.stem + "_masks.png"), lambda file: sheet.save(file, "PNG"))
+    write_whole(sheet_file, lambda file: sheet.save(file, "PNG"))
 
 
 def _kept(partial: Path, settings: dict) -> dict[str, dict]:
@@ -249,7 +267,8 @@ def _kept(partial: Path, settings: dict) -> dict[str, dict]:
     about = partial / "settings.json"
     if about.exists() and json.loads(about.read_text(encoding="utf-8")) != settings:
         raise ValueError(
-            f"{partial}: is of an interrupted run of another model or --per. Choose another output, or remove it"
+            f"{partial}: is of an interrupted run of another model or --per, or of another version of uscl-hub. Choose "
+            "another output, or remove it"
         )
     write_json(about, settings)
     kept = {}

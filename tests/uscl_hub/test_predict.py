@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import onnxruntime  # noqa: F401  (of the extra [test]: --onnx must not be skipped in silence)
@@ -10,7 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import uscl_hub
 from uscl_hub import cli, predict
@@ -103,9 +107,9 @@ def test_a_clip_is_the_mean_of_its_frames_at_the_rate_of_training(models, files,
     predict.predict(folder, [files / "clip.gif"], tmp_path / "clip.csv", progress=False)
     predict.predict(folder, [files / "clip.gif"], tmp_path / "frame.parquet", per="frame", progress=False)
     (whole,), frames = rows_of(tmp_path / "clip.csv"), pq.read_table(tmp_path / "frame.parquet").to_pylist()
-    assert [row["frame"] for row in frames] == [0, 3, 6] and whole["frames"] == "3"  # 10 a second, of which 3
+    assert [row["frame"] for row in frames] == list(range(9)) and whole["frames"] == "3"  # 10 a second, of which 3
     for name in LABELS["classification"]:
-        assert float(whole[f"p_{name}"]) == pytest.approx(np.mean([row[f"p_{name}"] for row in frames]), abs=1e-9)
+        assert float(whole[f"p_{name}"]) == pytest.approx(np.mean([row[f"p_{name}"] for row in frames[::3]]), abs=1e-9)
 
 
 def test_several_labels_and_numbers(models, files, tmp_path):
@@ -128,6 +132,67 @@ def test_masks_have_the_size_of_the_file(models, files, tmp_path):
     assert float(row["area"]) == pytest.approx((mask > 0).mean())
     logits = logits_of(models["segmentation"], Image.open(files / "imagec.png"))
     assert abs((mask > 0).mean() - float((logits > 0).double().mean())) < 0.05
+
+
+def test_masks_are_made_of_every_frame_and_never_of_masks(models, files, tmp_path, monkeypatch):
+    scans = shutil.copytree(files, tmp_path / "scans")
+    command, tile = (models["segmentation"], [scans], scans / "s.csv"), predict._tile
+    made = []
+
+    def stops(*args):
+        made.append(1)
+        if len(made) == 11:
+            raise KeyboardInterrupt
+        return tile(*args)
+
+    monkeypatch.setattr(predict, "_tile", stops)
+    monkeypatch.setattr(predict, "BATCH", 1)
+    with pytest.raises(KeyboardInterrupt):  # pictures lie in s.csv.partial
+        predict.predict(*command, progress=False)
+    assert list((scans / "s.csv.partial").rglob("*.png"))
+    for _ in range(2):  # the second time s_masks and s_masks.png are there
+        predict.predict(*command, progress=False)
+        rows = rows_of(scans / "s.csv")
+        assert [row["frame"] for row in rows] == [*map(str, range(9)), "0", "0", "0"]
+        assert {Path(row["path"]).parent for row in rows} == {scans}
+
+
+def test_a_name_that_is_not_utf_8(models, files, tmp_path):
+    odd = os.fsencode(tmp_path) + b"/M\xfcller.png"
+    try:
+        shutil.copy(files / "imagea.png", odd)
+    except OSError:
+        pytest.skip("the file system takes names of UTF-8 only")
+    for output in ("p.csv", "p.parquet"):
+        predict.predict(models["classification"], [tmp_path], tmp_path / output, progress=False)
+    assert rows_of(tmp_path / "p.csv")[0]["path"].endswith("/M\\xfcller.png")
+    assert pq.read_table(tmp_path / "p.parquet").to_pylist()[0]["path"].endswith("/M\\xfcller.png")
+
+
+@pytest.mark.parametrize("crop", ["crop", "blank"])
+def test_the_transform_crops_as_predict_does(tmp_path, crop):
+    folder, black = export(tmp_path / "model", "classification", crop=crop), np.full((120, 160), 3, np.uint8)
+    black[30:90, 40:120] = np.random.default_rng(0).integers(60, 255, (60, 80))
+    Image.fromarray(black).save(tmp_path / "bordered.png")
+    predict.predict(folder, [tmp_path / "bordered.png"], tmp_path / "p.csv", progress=False)
+    (row,) = rows_of(tmp_path / "p.csv")
+    model, transform, labels = uscl_hub.load_classifier(folder)
+    x = pickle.loads(pickle.dumps(transform))(Image.open(tmp_path / "bordered.png"))
+    with torch.inference_mode():
+        p = torch.softmax(model(x[None])[0].double() / 2.0, 0).tolist()
+    assert p == pytest.approx([float(row[f"p_{name}"]) for name in labels], abs=1e-6)
+    uncropped = uscl_hub.create_transform({"input_size": [3, 64, 64], "mean": [0.2] * 3, "std": [0.3] * 3})
+    assert not torch.equal(x, uncropped(Image.open(tmp_path / "bordered.png")))
+
+
+def test_a_unet_can_be_verified(models, tmp_path, capsys):
+    folder = export(tmp_path / "model", "segmentation", decoder="unet")
+    assert cli.main(["verify", str(folder)]) == 0
+    weights = load_file(folder / "model.safetensors")
+    weights["decoder.head.bias"] = torch.zeros(3)
+    save_file(weights, folder / "model.safetensors")
+    assert cli.main(["verify", str(folder)]) == 1
+    assert "model.safetensors" in capsys.readouterr().err
 
 
 def test_onnx_gives_equal_numbers(files, tmp_path):
