@@ -80,7 +80,8 @@ def refuse_leaks(backbone, task: Task):
             f"{backbone.name} was pretrained on {len(leaks)} of the {len(set(task.groups))} groups that "
             f"{task.title} tests ({', '.join(leaks[:5])}{', ...' if len(leaks) > 5 else ''}): its result "
             f"would mean nothing. Pretrain without them, or leave {task.name!r} out of --tasks, or pass "
-            "--leaks skip to leave out just this pair and say so in the report"
+            "--leaks skip to leave out just this pair and say so in the report. If these are other patients of the "
+            "same names, name their groups otherwise"
         )
 
 

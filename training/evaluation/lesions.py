@@ -56,8 +56,11 @@ def load_lesions(task: Task, px: int, cache: Path) -> Lesions:
             sizes.append(frame.shape)
             kept.append(item)
     task.items = kept
-    images = load_frames(task, px, cache).images  # one frame an item
-    return Lesions(images, np.array(masks, bool).reshape(-1, px, px), np.array(sizes, int).reshape(-1, 2))
+    frames, places = load_frames(task, px, cache), {item.id: i for i, item in enumerate(kept)}
+    rows = [places[item.id] for item in task.items]  # without those that cannot be decoded as a whole
+    first = np.searchsorted(frames.item, np.arange(len(task.items)))
+    masks, sizes = np.array(masks, bool).reshape(-1, px, px), np.array(sizes, int).reshape(-1, 2)
+    return Lesions(frames.images[first], masks[rows], sizes[rows])
 
 
 def _without_folder(error: UserError, item) -> str:

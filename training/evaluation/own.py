@@ -75,11 +75,15 @@ def _same_question(found: Labels, test: Labels):
         )
 
 
-def _item(item: Labelled, name: str = "", prefix: str = "", values: tuple[float, ...] = ()) -> Item:
+def _item(
+    item: Labelled, name: str = "", prefix: str = "", values: tuple[float, ...] = (), named: bool = False
+) -> Item:
+    """named: whether the group's name is one that was given, so that a training may know it, too."""
     files = item.clip.files if item.kind == "frames" else ()
     group = f"{prefix}{item.group or item.id}"
     id = f"{prefix}{item.id}"
-    return Item(id, item.clip.files[0], item.kind, name, group, item.masks, files=files, values=values)
+    aliases = (item.group,) if named else ()
+    return Item(id, item.clip.files[0], item.kind, name, group, item.masks, aliases, files=files, values=values)
 
 
 def _task(source: OwnData, parts: list[Labels]) -> Task:
@@ -109,9 +113,9 @@ def _name(labels: Labels) -> str:
 def _rows(part: Labels, prefix: str):
     for item, target in zip(part.items, part.targets):
         if part.task in ("multilabel", "regression"):
-            yield item, "", prefix, tuple(map(float, target))
+            yield item, "", prefix, tuple(map(float, target)), part.groups_known
         else:
-            yield item, part.classes[target], prefix
+            yield item, part.classes[target], prefix, (), part.groups_known
 
 
 def _of_the_split(parts: list[Labels], names: list[str]) -> list[str]:

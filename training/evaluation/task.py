@@ -107,3 +107,6 @@ def check_excluded(task: Task, max_excluded: float):
             f"{task.title}: {len(task.excluded)} of {task.found} files cannot be used, more than "
             f"--max-excluded {max_excluded:g} allows; repair them or raise it. The first: {listing}"
         )
+    tested = {item.group for item in task.items if not task.external or item.id in task.external}
+    if len(tested) < 2:
+        raise TaskError(f"{task.title}: there are files of {len(tested)} group to test on; an interval needs two groups")

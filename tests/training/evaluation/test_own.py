@@ -1,13 +1,16 @@
 """Own labelled data: what becomes of it, and what is refused, in one line."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from training.engine.export import fingerprint
+from training.evaluation.leaks import LeakError, find_leaks, refuse_leaks
 from training.evaluation.own import OwnData, load_own
-from training.evaluation.task import TaskError
+from training.evaluation.task import TaskError, check_excluded
 from uscl_hub.errors import UserError
 
 
@@ -68,6 +71,24 @@ def test_groups_of_one_name_in_both_sets_are_different_patients_and_said(tmp_pat
     task = load_own(OwnData(str(first), str(second)))
     assert {item.group for item in task.items} == {*(f"one/p{i}" for i in range(3)), "two/p0", "two/p1"}
     assert any(note.startswith("2 group name(s) stand in both sets, as p0") for note in task.notes)
+
+
+def test_a_patient_that_was_trained_on_is_refused_under_the_tables_name(tmp_path):
+    rows = [(f"{c}{i}.png", c, f"patient{i}") for c in "ab" for i in range(3)]
+    task = load_own(OwnData(str(table(tmp_path / "mine", "path,label,group", rows))))
+    seen = SimpleNamespace(name="ours", provenance={"groups": [fingerprint("patient1")]})
+    assert find_leaks(seen, task) == ["mine/patient1"]
+    with pytest.raises(LeakError, match="1 of the 3 groups"):
+        refuse_leaks(seen, task)
+    alike = load_own(OwnData(str(classes(tmp_path / "other"))))  # no groups are given: a file's name is no patient's
+    assert not find_leaks(SimpleNamespace(name="ours", provenance={"groups": ["benign/0.png"]}), alike)
+
+
+def test_a_test_of_one_patient_is_refused(tmp_path):
+    rows = [(f"{c}{i}.png", c, f"p{i}", "test" if i == 2 else "") for c in "ab" for i in range(3)]
+    task = load_own(OwnData(str(table(tmp_path / "mine", "path,label,group,split", rows))))
+    with pytest.raises(TaskError, match="files of 1 group to test on"):
+        check_excluded(task, 0.05)
 
 
 def test_rows_of_the_split_test_are_the_test(tmp_path):

@@ -326,8 +326,34 @@ def test_finished_folds_are_not_computed_again(simulated, monkeypatch, tmp_path)
     assert np.array_equal(first, protocols.scores_out_of_fold(cell, "knn", None, 1.0)) and len(calls) == 6
 
 
-def test_too_few_labels_are_said(simulated, tmp_path):
+def test_folds_of_other_groups_are_computed_again(simulated, tmp_path):
+    task, frames, x, _ = simulated
+    folds = np.where(np.arange(len(task.groups)) < 8, 0, -1)  # an external test: the groups do not make the folds
+    task.groups = np.array([f"g{i}" for i in range(len(task.groups))])
+
+    def scores(folder):
+        return protocols.scores_out_of_fold(Cell(task, frames, folds, NOBODY, 0, "cpu", folder), "knn", lambda: x, 0.25)
+
+    first = scores(tmp_path / "shared")
+    task.groups = np.roll(task.groups, 5)
+    again, fresh = scores(tmp_path / "shared"), scores(tmp_path / "new")
+    assert np.array_equal(again, fresh, equal_nan=True) and not np.array_equal(again, first, equal_nan=True)
+
+
+def test_columns_of_any_unit_choose_alpha_alike():
+    rng, groups = np.random.default_rng(0), np.repeat(np.arange(12), 10)
+    x, test = rng.normal(size=(120, 40)), rng.normal(size=(50, 40))
+    signal = x @ rng.normal(size=40)
+    targets = np.stack([signal + rng.normal(size=120), rng.normal(size=120)], 1)
+    units = np.array([1.0, 1000.0])
+    same = protocols.linear_values(x, targets, groups, test)
+    assert np.allclose(protocols.linear_values(x, targets * units, groups, test), same * units, atol=1e-6)
+
+
+@pytest.mark.parametrize("fraction, said", [(1.0, "100% of the labels leave"), (4, "4 labels leave")])
+def test_too_few_labels_are_said(simulated, tmp_path, fraction, said):
     task, frames, x, folds = simulated
-    task.targets = task.strata = np.where(task.groups == "g0", 1, 0)
-    with pytest.raises(TaskError, match="leave a class without a training item"):
-        protocols.scores_out_of_fold(Cell(task, frames, folds, NOBODY, 0, "cpu", tmp_path), "linear", lambda: x, 1.0)
+    task.targets, task.strata = np.where(task.groups == "g0", 1, 0), np.zeros(len(task.groups), int)
+    with pytest.raises(TaskError, match=f"{said} a class without a training item"):
+        cell = Cell(task, frames, folds, NOBODY, 0, "cpu", tmp_path)
+        protocols.scores_out_of_fold(cell, "linear", lambda: x, fraction)

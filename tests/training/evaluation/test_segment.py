@@ -5,14 +5,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers import dicom
 from PIL import Image
 
 from training.evaluation import coco, intervals, segmentation
 from training.evaluation.backbones import load_backbone
 from training.evaluation.datasets import EvaluationError, load_task, make_folds
 from training.evaluation.lesions import Lesions, image_metrics, load_lesions
+from training.evaluation.own import OwnData, load_own
 from training.evaluation.protocols import Cell
 from training.evaluation.segmentation import Segment
+from uscl_hub.preprocess import resize
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,19 @@ def test_images_and_masks_are_aligned_and_lesions_merged(downstream, tmp_path):
     assert "nothing is marked" in said["benign (2).png"] and "unusable mask" in said["benign (3).png"]
     for image, mask in zip(images, masks):
         assert image[mask].mean() < image[~mask].mean()  # the lesions are dark
+
+
+def test_of_a_clip_with_a_mask_the_first_frame_counts(tmp_path):
+    lines, movies = ["path,mask"], []
+    for i in range(4):
+        movies.append(np.random.default_rng(i).integers(0, 255, (30, 40, 48), np.uint8))
+        dicom(tmp_path / f"{i}.dcm", movies[i], CineRate=20)
+        Image.fromarray(np.eye(40, 48, dtype=bool)).save(tmp_path / f"m{i}.png")
+        lines.append(f"{i}.dcm,m{i}.png")
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    task = load_own(OwnData(str(tmp_path / "labels.csv"), task="segmentation"))
+    found = load_lesions(task, 32, tmp_path / "cache")
+    assert np.array_equal(found.images, [resize(movie[0], 32) for movie in movies]) and len(found.masks) == 4
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
