@@ -41,7 +41,7 @@ class Data:
     """Keep every n-th frame of a clip."""
     balance: float = 0.0
     """0: every clip is drawn as often as any other; 1: every root folder as often as any other; between them,
-    (clips of the folder) ** (1 - balance)."""
+    (clips of the folder) ** (1 - balance). A distillation draws frames: theirs is the number that counts."""
     min_clips: int = 8
     """Fewer readable clips than this end the run."""
     workers: int = 0
@@ -122,7 +122,7 @@ class Distil:
     dense: float = 0.0
     """Weight of the teachers' feature maps as targets, where teachers and student end in maps."""
     batch: int = 0
-    """Crops a step; 0: optim.batch."""
+    """Crops a step, over all ranks; 0: optim.batch."""
     lr: float = 1e-3
     """AdamW's learning rate of the student's head beside a contrastive loss."""
     scale: tuple[float, float] = (0.15, 1.0)
@@ -132,7 +132,7 @@ class Distil:
     pictures: float = 0.0
     """Share of the crops that are cut from natural pictures (extra [imagenet])."""
     round: int = 0
-    """Crops that the teachers look at in one go, ahead of the student; 0: a batch."""
+    """Crops that the teachers look at in one go, over all ranks, ahead of the student; 0: a batch."""
     passes: int = 1
     """How often the student sees a round's crops: more where teachers are slow."""
 
@@ -202,9 +202,9 @@ class Optim:
     momentum: float = 0.9
     """Of SGD."""
     weight_decay: float = 1e-4
-    """On all parameters, as in the paper."""
+    """On all parameters, as in the paper; AdamW spares norms and biases."""
     decay_norm_and_bias: bool = True
-    """False spares norms and biases the weight decay."""
+    """Of SGD: False spares norms and biases the weight decay."""
     temperature: float = 0.5
     """Of InfoNCE."""
 

@@ -80,11 +80,13 @@ def main(settings: Release, weights: Path = registry.WEIGHTS) -> str:
     if bad := not_finite(state):
         raise CheckpointError(f"{run}: {bad[0]} is not finite in {settings.dtype}; use --dtype fp32")
     file = weights / f"{name}.safetensors"
-    write_whole(file, lambda path: save_tensors(state, path))
-    if file.stat().st_size > MAX_BYTES:
-        size = file.stat().st_size
-        file.unlink()
-        raise CheckpointError(f"{name}: {size / 1e6:.1f} MB are too much for the wheel ({MAX_BYTES / 1e6:.0f} MB)")
+
+    def save(path: Path) -> None:  # an older file of this name stays where this one is refused
+        save_tensors(state, path)
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise CheckpointError(f"{name}: {size / 1e6:.1f} MB are too much for the wheel ({MAX_BYTES / 1e6:.0f} MB)")
+
+    write_whole(file, save)
     write_json(weights / f"{name}.json", provenance, indent=0)
 
     entries = json.loads((weights / "registry.json").read_text(encoding="utf-8"))

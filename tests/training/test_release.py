@@ -133,9 +133,13 @@ def test_a_run_that_is_not_whole(settings, trained, weights, harm):
 
 
 def test_what_cannot_be_released(settings, trained, weights, tiny, tmp_path, monkeypatch):
+    older = weights / f"meta_uscl_tiny.{settings.tag}.safetensors"
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="MB are too much for the wheel"):
         patch.setattr(release, "MAX_BYTES", 1000)
+        older.write_bytes(b"an older release")
         release.main(settings, weights)
+    assert older.read_bytes() == b"an older release"
+    older.unlink()
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="test_resnet is none of a"):
         patch.setattr(registry, "ARCHITECTURES", {"meta_uscl_a": registry.Architecture("a")})
         release.main(settings, weights)

@@ -96,7 +96,7 @@ def check(config):
         if not 0 < low <= top <= high:
             raise UserError(f"{name}: the smallest, then the largest, above 0 and at most {high}; got {low} {top}")
     world = distributed.world()
-    for name in ("optim.batch", "meta.batch"):
+    for name in ("optim.batch", "meta.batch", "distil.batch"):
         value = attrgetter(name)(config)
         if value % world:
             raise UserError(f"{name} = {value} must be a multiple of the {world} processes")

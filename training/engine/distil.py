@@ -42,8 +42,9 @@ class Distillation:
 
     def __init__(self, config, clips, encoder, device):
         self.config, self.clips, self.device = config, clips, device
-        self.batch = config.distil.batch or config.optim.batch
-        self.round = max(1, (config.distil.round or self.batch) // self.batch) * self.batch
+        self.crops = config.distil.batch or config.optim.batch  # of all ranks
+        self.batch = self.crops // distributed.world()
+        self.round = max(1, (config.distil.round or self.crops) // self.crops) * self.batch
         self.channels = input_channels(encoder)
         found = [sources.load(spec) for spec in config.distil.teachers]
         self.parents = [source.about for source in found]

@@ -56,7 +56,8 @@ def start(state: State, config: Config, clips: Clips, device: torch.device) -> D
     state.parents += [{"role": "teacher", **about} for about in distillation.parents]
     state.distiller = distillation.distiller
     if config.method == "distil":
-        state.optimizer.add_param_group({"params": list(state.distiller.head.parameters())})
+        head = {"params": list(state.distiller.head.parameters()), "weight_decay": config.optim.weight_decay}
+        state.optimizer.add_param_group(head)
     else:
         state.distiller_optimizer = distillation.optimizer
     return distillation
@@ -183,6 +184,7 @@ def loop(state: State, config: Config, clips: Clips, out, device: torch.device, 
     load = distillation.load if config.method == "distil" else loader(config, clips)
     upcoming = batches.prefetch(load, range(state.step, total))
     crops = contextlib.closing(distillation) if distillation else contextlib.nullcontext()
+    images = distillation.crops if config.method == "distil" else 2 * config.optim.batch
     with signals_set() as stopped, contextlib.closing(log), contextlib.closing(upcoming), crops:
         while state.step < total:
             start = time.perf_counter()
@@ -201,7 +203,7 @@ def loop(state: State, config: Config, clips: Clips, out, device: torch.device, 
             if not math.isfinite(loss):
                 raise Diverged(f"the loss is {loss}")
             seconds = time.perf_counter() - start
-            speed = {"images_per_s": 2 * config.optim.batch / seconds, "wait_share": waited / seconds}
+            speed = {"images_per_s": images / seconds, "wait_share": waited / seconds}
             log.step(state.step, loss, result, loaded, {"lr": lr, **speed})
 
             last = state.step == total

@@ -1,15 +1,20 @@
+import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
 
-from training import run
+from training import distributed, run
 from training.data import batches
+from training.data.dataset import prepare
 from training.engine import sources
+from training.engine.checks import check
 from training.engine.sources import Pretrained, initialise
+from training.engine.train import build, start
 from training.method.loss import info_nce
 from training.method.networks import Encoder
 from uscl_hub.checkpoints import CheckpointError
@@ -98,6 +103,29 @@ def test_distillation_learns(tiny, teacher, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_crops_a_second_are_logged(tiny, teacher, tmp_path, monkeypatch):
+    clock = itertools.count()  # a second from look to look: two a step, of its batch and of all
+    monkeypatch.setattr("training.engine.train.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    for method, distil in (("distil", {**SMALL, "batch": 24}), ("simclr", {})):
+        run.main(tiny(method=method, distil=distil, optim={"steps": 1}, out=str(tmp_path / method)))
+        row = json.loads((tmp_path / method / "log.jsonl").read_text().splitlines()[0])
+        assert row["images_per_s"] == {"distil": 24 / 2, "simclr": 2 * 4 / 2}[method]
+
+
+def test_ranks_share_the_crops_of_a_step(tiny, teacher, tmp_path, monkeypatch):
+    config = tiny(method="distil", distil={**SMALL, "batch": 24, "round": 48}, optim={"weight_decay": 0.3})
+    clips, device = prepare(config, tmp_path), torch.device("cpu")
+    for ranks in (1, 2, 3):
+        monkeypatch.setattr("training.engine.distil.distributed", SimpleNamespace(world=lambda: ranks))
+        state = build(config, clips, device)
+        distillation = start(state, config, clips, device)
+        assert (ranks * distillation.batch, ranks * distillation.round) == (24, 48)
+        assert state.optimizer.param_groups[-1]["weight_decay"] == 0.3  # the head's
+    monkeypatch.setattr(distributed, "world", lambda: 5)  # for check alone: there is no group of processes
+    with pytest.raises(UserError, match="distil.batch = 24 must be a multiple of the 5 processes"):
+        check(replace(config, optim=replace(config.optim, batch=5)))
 
 
 def test_weights_to_start_from(tiny, tmp_path):
