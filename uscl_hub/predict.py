@@ -1,7 +1,8 @@
 """What a fine-tuned model says of files: `uscl-hub predict`. One row a clip, or one a frame, as CSV or Parquet.
 
-Clips are found, cropped and read as in training and by `uscl-hub embed`. A clip's row is the mean of frames at the rate of
-the training. Finished clips are kept in `<output>.partial` until the table is whole: an interrupted run goes on.
+Clips are found, cropped and read as in training and by `uscl-hub embed`. A clip's row is the mean of frames at the
+rate of the training. Finished clips are kept in `<output>.partial` until the table is whole: an interrupted run goes
+on.
 """
 
 import contextlib

@@ -30,8 +30,8 @@ class FrameCache:
 
     folders: of the cache; size: pixels of the frames' sides. table: `index.SCHEMA`, sorted by id. lengths, offsets:
     int64 (clips,), where `at` finds a clip's frames; fps: float32 (clips,), of the kept frames, NaN where unknown;
-    stride: every so many frames of a file are kept; crc32: int64 (clips,), of a clip's frames, -1 where an old cache has none. `take`, `clip` and `check` compare a clip's frames with it when
-    they are first read.
+    stride: every so many frames of a file are kept; crc32: int64 (clips,), of a clip's frames, -1 where an old cache
+    has none. `take`, `clip` and `check` compare a clip's frames with it when they are first read.
     """
 
     def __init__(

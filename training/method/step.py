@@ -107,7 +107,8 @@ def contrastive_step(learner, views, anchor=None, about=None):
 
     anchor, about: as in `exact_step`.
     """
-    h, z = forward(learner.encoder, views, bf16=learner.bf16)[:2]  # not the tape: it would keep what the backward pass frees
+    # not the tape: it would keep what the backward pass frees
+    h, z = forward(learner.encoder, views, bf16=learner.bf16)[:2]
     weights = learner.weigh(h, z, about)
     weights = None if weights is None else weights.detach()
     loss = learner.loss(z, weights)
@@ -128,7 +129,8 @@ def exact_step(learner, views, clean, anchor=None, shuffle=False, about=None):
     Returns:
         A `Step`.
     """
-    h, z, tape = forward(learner.encoder, views, bf16=learner.bf16)  # the graph serves the look-ahead and the final step
+    # the graph serves the look-ahead and the final step
+    h, z, tape = forward(learner.encoder, views, bf16=learner.bf16)
 
     weights = learner.weigh(h, z, about)
     grads = gradients(learner.loss(z, weights), learner.moved, anchor, retain_graph=True)
@@ -190,7 +192,7 @@ def update_cmw(learner, outputs, derivatives, about):
 
 
 def autocast(views, bf16):
-    """Around the encoder's passes alone: it would keep a bfloat16 copy of CMW-Net's weights from before their update."""
+    """Around the encoder's passes alone: it would keep bfloat16 copies of CMW-Net's weights beyond their update."""
     return torch.autocast(views.device.type, torch.bfloat16, enabled=bf16)
 
 

@@ -29,9 +29,7 @@ def test_info_nce_equals_the_naive_loop():
 def meta_step(problem, delayed=False, tangent="exact", depth=0, bf16=False, **options):
     """A step on a problem that `build` made."""
     encoder, cmw, optimizer, cmw_optimizer, views, clean = problem
-    learner = step.Learner(
-        encoder, optimizer, cmw, cmw_optimizer, TEMPERATURE, tangent=tangent, depth=depth, bf16=bf16
-    )
+    learner = step.Learner(encoder, optimizer, cmw, cmw_optimizer, TEMPERATURE, tangent=tangent, depth=depth, bf16=bf16)
     return (step.delayed_step if delayed else step.exact_step)(learner, views, clean, **options)
 
 
