@@ -86,10 +86,11 @@ def load_classifier(path):
     return model.eval(), transform, list(meaning.labels)
 
 
-def _cropped(image, *, crop: str, size: int, in_chans: int, mean, std, dtype) -> torch.Tensor:
+def _cropped(image, *, crop: str, size: int, **scale) -> torch.Tensor:
+    """scale: what `normalise` takes."""
     grey = to_grey(image)
     grey = np.ascontiguousarray(apply_region(grey, detect_region(grey[None]), crop))
-    return normalise(resize(grey, size), in_chans, mean, std, dtype)
+    return normalise(resize(grey, size), **scale)
 
 
 def check_export(folder) -> dict:

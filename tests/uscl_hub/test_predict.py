@@ -136,16 +136,16 @@ def test_masks_have_the_size_of_the_file(models, files, tmp_path):
 
 def test_masks_are_made_of_every_frame_and_never_of_masks(models, files, tmp_path, monkeypatch):
     scans = shutil.copytree(files, tmp_path / "scans")
-    command, tile = (models["segmentation"], [scans], scans / "s.csv"), predict._tile
+    command, write = (models["segmentation"], [scans], scans / "s.csv"), predict.write_whole
     made = []
 
     def stops(*args):
         made.append(1)
         if len(made) == 11:
             raise KeyboardInterrupt
-        return tile(*args)
+        return write(*args)
 
-    monkeypatch.setattr(predict, "_tile", stops)
+    monkeypatch.setattr(predict, "write_whole", stops)
     monkeypatch.setattr(predict, "BATCH", 1)
     with pytest.raises(KeyboardInterrupt):  # pictures lie in s.csv.partial
         predict.predict(*command, progress=False)
