@@ -172,6 +172,8 @@ def fold_logits(
     assert not set(setting.found.groups[items]) & set(setting.found.groups[folds == fold])
     frames = pixels.frames_of(np.flatnonzero(folds == fold))
     described = ["tuned", backbone.sha, backbone.mean, backbone.std, pixels.key, asdict(recipe), setting.seed]
+    if setting.problem.task == "segmentation":  # its encoder is made by name
+        described.append(network.plain(backbone))
 
     def make():
         if not recipe.epochs:
