@@ -35,7 +35,7 @@ class Lesions:
 
 
 def load_lesions(task: Task, px: int, cache: Path) -> Lesions:
-    """All images and masks of a task.
+    """All images and masks of a task; of a file of several frames, the first one.
 
     A mask that is unreadable, empty or of another size than its image moves the item to task.excluded.
     """

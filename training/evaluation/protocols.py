@@ -128,8 +128,8 @@ def scores_out_of_fold(
     """Predictions of every frame, each from a model that has seen neither its group nor its fold.
 
     inputs: gives, for every frame, features (N, d) for frozen protocols, activations before the last block for
-    finetune_last, uint8 images (N, px, px) for finetune_full. fraction: share of the groups of
-    each class that keep their label in the training part, or above 1 a number of items. Finished folds are kept; done: called after each.
+    finetune_last, uint8 images (N, px, px) for finetune_full. fraction: share of the groups of each class that keep
+    their label in the training part, or above 1 a number of items. Finished folds are kept; done: called after each.
     Returns float (N, classes), nan for frames that are never tested.
     """
     task, item, folds, backbone = cell.task, cell.data.item, cell.folds, cell.backbone

@@ -109,6 +109,4 @@ def check_excluded(task: Task, max_excluded: float):
         )
     tested = {item.group for item in task.items if not task.external or item.id in task.external}
     if len(tested) < 2:
-        raise TaskError(
-            f"{task.title}: there are files of {len(tested)} group to test on; an interval needs two groups"
-        )
+        raise TaskError(f"{task.title}: its test has files of {len(tested)} group(s); an interval needs two groups")

@@ -87,7 +87,7 @@ def test_a_patient_that_was_trained_on_is_refused_under_the_tables_name(tmp_path
 def test_a_test_of_one_patient_is_refused(tmp_path):
     rows = [(f"{c}{i}.png", c, f"p{i}", "test" if i == 2 else "") for c in "ab" for i in range(3)]
     task = load_own(OwnData(str(table(tmp_path / "mine", "path,label,group,split", rows))))
-    with pytest.raises(TaskError, match="files of 1 group to test on"):
+    with pytest.raises(TaskError, match=r"its test has files of 1 group\(s\)"):
         check_excluded(task, 0.05)
 
 
