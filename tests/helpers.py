@@ -1,7 +1,9 @@
 """What several tests share: where things are, running commands, makers of small media files."""
 
 import os
+from itertools import chain, repeat
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 
@@ -11,6 +13,11 @@ from uscl_hub.clips import find_clips
 
 ROOT = Path(__file__).parents[1]  # the checkout
 DATA = Path(os.environ.get("USCL_DATA", ROOT.parent / "shared" / "data"))  # real clips; may be absent
+
+
+def interrupted(function, call):
+    """A mock of `function` that is Ctrl-C at one of its calls (the first is 1)."""
+    return Mock(wraps=function, side_effect=chain(repeat(DEFAULT, call - 1), [KeyboardInterrupt], repeat(DEFAULT)))
 
 
 def movie(t=6, h=48, w=64):

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+from helpers import interrupted
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -136,16 +137,8 @@ def test_masks_have_the_size_of_the_file(models, files, tmp_path):
 
 def test_masks_are_made_of_every_frame_and_never_of_masks(models, files, tmp_path, monkeypatch):
     scans = shutil.copytree(files, tmp_path / "scans")
-    command, write = (models["segmentation"], [scans], scans / "s.csv"), predict.write_whole
-    made = []
-
-    def stops(*args):
-        made.append(1)
-        if len(made) == 11:
-            raise KeyboardInterrupt
-        return write(*args)
-
-    monkeypatch.setattr(predict, "write_whole", stops)
+    command = models["segmentation"], [scans], scans / "s.csv"
+    monkeypatch.setattr(predict, "write_whole", interrupted(predict.write_whole, call=11))
     monkeypatch.setattr(predict, "BATCH", 1)
     with pytest.raises(KeyboardInterrupt):  # pictures lie in s.csv.partial
         predict.predict(*command, progress=False)
@@ -211,7 +204,7 @@ def test_onnx_gives_equal_numbers(files, tmp_path):
 
 
 def test_interrupted_it_goes_on(models, tmp_path, monkeypatch):
-    whole, read, seen, files = tmp_path / "whole.csv", predict.read_clip, [], tmp_path / "scans"
+    whole, files = tmp_path / "whole.csv", tmp_path / "scans"
     files.mkdir()
     for name in "abcdefghijklmnop":
         Image.fromarray(np.random.default_rng(ord(name)).integers(0, 255, (50, 70), np.uint8)).save(
@@ -219,13 +212,7 @@ def test_interrupted_it_goes_on(models, tmp_path, monkeypatch):
         )
     predict.predict(models["classification"], [files], whole, progress=False)
 
-    def stops(clip, *args, **kwargs):
-        seen.append(clip.id)
-        if len(seen) == 15:
-            raise KeyboardInterrupt
-        return read(clip, *args, **kwargs)
-
-    monkeypatch.setattr(predict, "read_clip", stops)
+    monkeypatch.setattr(predict, "read_clip", interrupted(predict.read_clip, call=15))
     monkeypatch.setattr(predict, "BATCH", 1)  # a clip a batch: what waits for its batch is not finished
     with pytest.raises(KeyboardInterrupt):
         predict.predict(models["classification"], [files], tmp_path / "p.csv", progress=False)

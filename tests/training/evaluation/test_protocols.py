@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from helpers import interrupted
 
 from training import evaluate
 from training.data.cache import FrameCache
@@ -310,20 +311,13 @@ def test_features_that_only_tell_the_patient_are_worth_nothing(simulated, protoc
 def test_finished_folds_are_not_computed_again(simulated, monkeypatch, tmp_path):
     task, frames, x, folds = simulated
     cell = Cell(task, frames, folds, NOBODY, 0, "cpu", tmp_path)
-    calls, knn = [], protocols.knn
-
-    def stopped(*a):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return knn(*a)
-
-    monkeypatch.setattr(protocols, "knn", stopped)
+    knn = interrupted(protocols.knn, call=4)
+    monkeypatch.setattr(protocols, "knn", knn)
     with pytest.raises(KeyboardInterrupt):
         protocols.scores_out_of_fold(cell, "knn", lambda: x, 1.0)
     first = protocols.scores_out_of_fold(cell, "knn", lambda: x, 1.0)
-    assert len(calls) == 6  # three, the one that was cut short, and the last two
-    assert np.array_equal(first, protocols.scores_out_of_fold(cell, "knn", None, 1.0)) and len(calls) == 6
+    assert knn.call_count == 6  # three, the one that was cut short, and the last two
+    assert np.array_equal(first, protocols.scores_out_of_fold(cell, "knn", None, 1.0)) and knn.call_count == 6
 
 
 def test_folds_of_other_groups_are_computed_again(simulated, tmp_path):
