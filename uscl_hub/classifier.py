@@ -97,7 +97,7 @@ def check_export(folder) -> dict:
     """`checkpoints.check_folder`, of a U-Net of training/finetune.py, too, which is no network of timm's."""
     *_, config = checkpoints.read_config(folder)
     about = config.get("uscl_hub")
-    if not isinstance(about, dict) or about.get("decoder") != "unet":
+    if not isinstance(about, dict) or about.get("task") != "segmentation":
         return checkpoints.check_folder(folder)
     _load_unet(Path(folder), len(read_meaning(folder).labels))
     return config

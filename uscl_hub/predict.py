@@ -25,6 +25,7 @@ from scipy.special import entr
 from uscl_hub.classifier import Meaning, load_classifier, read_meaning, run
 from uscl_hub.clips import Clip, content_hash
 from uscl_hub.clips.clip import path_of
+from uscl_hub.clips.find import as_text
 from uscl_hub.clips.pictures import YELLOW, contact_sheet
 from uscl_hub.clips.read import Frames, read_clip
 from uscl_hub.errors import UserError
@@ -191,8 +192,7 @@ def _result(clip, shown: Frames, said: np.ndarray, meaning: Meaning, partial: Pa
     numbers = range(0, len(shown.images), _step(shown, meaning))
     if not np.isfinite(said).all():
         raise UserError(f"{path_of(clip)}: the model gives numbers that are not finite")
-    path = os.fsencode(path_of(clip)).decode("utf-8", "backslashreplace")  # as in clip.id
-    common = {"path": path, "clip": clip.id}
+    common = {"path": as_text(path_of(clip)), "clip": clip.id}
     if meaning.task == "segmentation":
         rows = [
             {**common, "frame": n, "frames": 1, **_masked(clip, n, p[0], shown, partial)} for n, p in zip(numbers, said)

@@ -92,7 +92,7 @@ def _task(source: OwnData, parts: list[Labels]) -> Task:
     for number, (part, name) in enumerate(zip(parts, names)):
         tested = number == 1
         prefix = f"{name}/" if len(set(names)) == len(names) or not tested else f"test/{name}/"
-        own = [_item(*row) for row in _rows(part, prefix)]
+        own = [_item(*row, named=part.groups_known) for row in _rows(part, prefix)]
         items += own
         external |= {item.id for item in own} if tested else set()
         where = f"{name}: " if len(parts) > 1 else ""
@@ -113,9 +113,9 @@ def _name(labels: Labels) -> str:
 def _rows(part: Labels, prefix: str):
     for item, target in zip(part.items, part.targets):
         if part.task in ("multilabel", "regression"):
-            yield item, "", prefix, tuple(map(float, target)), part.groups_known
+            yield item, "", prefix, tuple(map(float, target))
         else:
-            yield item, part.classes[target], prefix, (), part.groups_known
+            yield item, part.classes[target], prefix
 
 
 def _of_the_split(parts: list[Labels], names: list[str]) -> list[str]:

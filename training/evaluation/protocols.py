@@ -12,6 +12,7 @@ from typing import Callable
 
 import numpy as np
 import torch
+from sklearn.compose import TransformedTargetRegressor
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedGroupKFold
@@ -88,15 +89,14 @@ def linear_values(train: np.ndarray, targets: np.ndarray, groups: np.ndarray, te
     Targets are standardised, too: columns of any unit count alike. alpha in 1 ... 1e6 has the least squared error in 3
     folds by group within the training frames; of one group, it is 1e3.
     """
-    mean, std = targets.mean(0), targets.std(0)
-    std = np.where(std > 0, std, 1)
     model, kwargs = make_pipeline(StandardScaler(), Ridge(1e3)), {}
     if (several := len(set(groups))) > 1:
         alphas = {"ridge__alpha": np.logspace(0, 6, 7)}
         model = GridSearchCV(model, alphas, scoring="neg_mean_squared_error", cv=GroupKFold(min(3, several)))
         kwargs = {"groups": groups}
+    model = TransformedTargetRegressor(model, transformer=StandardScaler())
     with threadpool_limits(1, "blas"):
-        return model.fit(train, (targets - mean) / std, **kwargs).predict(test).reshape(len(test), -1) * std + mean
+        return model.fit(train, targets, **kwargs).predict(test).reshape(len(test), -1)
 
 
 # ------------------------------------------------------------------------------------------------ out-of-fold runs

@@ -242,8 +242,13 @@ def _unique(clips: list[Clip]) -> list[Clip]:
 
 
 def clean_name(name: str) -> str:
-    """A file's name as text, in one spelling (Unicode's NFC): bytes that are not UTF-8 are written out, as \\xff."""
-    return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "backslashreplace"))
+    """A file's name as text, in one spelling (Unicode's NFC)."""
+    return unicodedata.normalize("NFC", as_text(name))
+
+
+def as_text(name: str | Path) -> str:
+    """A file's name as it is, but for bytes that are not UTF-8, which are written out, as \\xff."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _looks_like_dicom(path: Path) -> bool:

@@ -1,6 +1,7 @@
 """Labels of a folder: `CLASS/file`, or images with masks."""
 
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +52,10 @@ def _images_with_masks(root: Path, base: Path, frames: str) -> list[Item]:
         raise LabelError(str(error)) from None
     masks = masks_below(root)
     owned = {file for files in masks.values() for file in files}
+    resolved = cache(Path.resolve)  # a folder holds many files
     items = []
     for clip in clips:
-        file = clip.files[0].parent.resolve() / clip.files[0].name  # as `masks_below` has it
+        file = resolved(clip.files[0].parent) / clip.files[0].name  # as `masks_below` has it
         if file in owned:  # a mask
             continue
         parts = clip.id.removeprefix(clip.source + "/").split("/")
