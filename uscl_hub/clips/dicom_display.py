@@ -33,8 +33,10 @@ def dicom_grey(frame: np.ndarray, data, index: int = 0, used: tuple[int, int] | 
         values = apply_voi_lut(apply_modality_lut(frame, shown), shown, index=0)
         if "VOILUTSequence" in shown:
             low, high = 0, 2 ** int(shown.VOILUTSequence[0].LUTDescriptor[2]) - 1
-        elif "RescaleSlope" in shown:  # pydicom's output range follows the rescaled one
-            low, high = sorted(float(shown.RescaleSlope) * x + float(shown.RescaleIntercept) for x in (low, high))
+        elif "ModalityLUTSequence" in shown:
+            low, high = 0, 2 ** int(shown.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
+        elif "RescaleSlope" in shown:  # pydicom's output range follows the rescaled one, backwards if the slope is < 0
+            low, high = (float(shown.RescaleSlope) * x + float(shown.RescaleIntercept) for x in (low, high))
     grey = np.rint((values.astype(np.float64) - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
     return 255 - grey if data.PhotometricInterpretation == "MONOCHROME1" else grey
 
@@ -89,6 +91,7 @@ def _display(data, index: int):
     from pydicom.dataset import Dataset
 
     shown = Dataset()
+    shown.file_meta = data.file_meta  # tables may be bytes, whose order it tells
     for name in ("BitsStored", "PixelRepresentation", "PhotometricInterpretation", "SamplesPerPixel"):
         if name in data:
             setattr(shown, name, data[name].value)
@@ -96,7 +99,9 @@ def _display(data, index: int):
         for name in (*_SHOWN_BY, *_RESCALED_BY):
             if name in source and source[name].value not in (None, ""):
                 setattr(shown, name, source[name].value)
-    if "ModalityLUTSequence" not in shown and not _rescales(shown):
+    if not shown.get("ModalityLUTSequence"):
+        shown.pop("ModalityLUTSequence", None)
+    if "ModalityLUTSequence" in shown or not _rescales(shown):  # a file has a table or a line, not both
         for name in ("RescaleSlope", "RescaleIntercept"):
             shown.pop(name, None)
     least = 1 if shown.get("VOILUTFunction", "LINEAR") == "LINEAR" else 1e-6

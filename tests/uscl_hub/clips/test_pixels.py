@@ -135,6 +135,32 @@ def test_windows_and_rescale_values_that_make_no_sense(tmp_path, tags):
     assert notes == ["its window or rescale values cannot be used: shown without them"]
 
 
+def test_negative_rescale_slope_shows_the_negative(tmp_path):
+    tags = {"RescaleSlope": -1, "RescaleIntercept": 255, "WindowCenter": 128, "WindowWidth": 256}
+    found = read(dicom(tmp_path / "a.dcm", movie(), **tags))[0]
+    assert np.abs(found.astype(int) - (255 - movie())).max() <= 1
+
+
+@pytest.mark.parametrize("vr", ["US", "OW"])
+@pytest.mark.parametrize("syntax", ["ExplicitVRLittleEndian", "ImplicitVRLittleEndian"])
+@pytest.mark.parametrize("which", ["VOILUTSequence", "ModalityLUTSequence"])
+def test_tables_of_grey_levels(tmp_path, which, syntax, vr):
+    """The negative, by a table to 8 bits that is shown, or by one to 16 bits whose result a window shows whole."""
+    bits = 8 if which == "VOILUTSequence" else 16
+    values = np.arange(255, -1, -1) * (1 if bits == 8 else 257)
+    table = Dataset()
+    table.LUTDescriptor = [256, 0, bits]
+    table.add_new("LUTData", vr, values.astype("<u2").tobytes() if vr == "OW" else values.tolist())
+    window = {} if bits == 8 else {"WindowCenter": 32768, "WindowWidth": 65536}
+    path = dicom(tmp_path / "a.dcm", movie(), **window)
+    data = pydicom.dcmread(path)
+    setattr(data, which, [table])
+    data.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
+    pydicom.dcmwrite(path, data, implicit_vr=syntax.startswith("Implicit"), little_endian=True)
+    found, _, notes, _ = read(path)
+    assert np.abs(found.astype(int) - (255 - movie())).max() <= 1 and not notes
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_windows_in_functional_groups(tmp_path, shared):
     """The same picture as with the window in the file itself, and frame by frame where frames have their own."""
