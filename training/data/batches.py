@@ -93,11 +93,24 @@ def train_clips(clips, step, batch, seed):
 
 
 def balanced_clips(clips, sources, balance, step, batch, seed):
-    """The clips of step `step`, each at most once in it, a source as often as its clips ** (1 - balance) say."""
-    names, of, counts = np.unique(sources, return_inverse=True, return_counts=True)
-    chance = counts[of] ** -float(balance)
+    """The clips of step `step`, each at most once in it, in a random order.
+
+    A source's share of them, on average over the steps, follows its clips ** (1 - balance). One that has fewer clips
+    than that gives them all, and the others share what is left.
+    """
+    _, of, counts = np.unique(sources, return_inverse=True, return_counts=True)
+    shares, free = counts ** (1 - float(balance)), np.full(len(counts), True)
+    wanted = batch * shares / shares.sum()
+    while (over := free & (wanted > counts + 1e-9)).any():
+        free &= ~over
+        left = batch - counts[~free].sum()
+        wanted = np.where(free, left * shares / shares[free].sum(), counts)
     rng = np.random.default_rng((seed, TRAIN, step, ORDER))
-    return clips[rng.choice(len(clips), batch, replace=False, p=chance / chance.sum())]
+    ends = np.floor(np.cumsum(wanted) + rng.random()).astype(int)  # whole numbers that are right on average
+    ends[-1] = batch
+    numbers = np.diff(ends, prepend=0)
+    chosen = [rng.choice(np.flatnonzero(of == i), n, replace=False) for i, n in enumerate(numbers)]
+    return clips[rng.permutation(np.concatenate(chosen))]
 
 
 @lru_cache(maxsize=1)

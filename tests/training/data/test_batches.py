@@ -83,6 +83,33 @@ def test_every_clip_once_an_epoch():
     assert not np.array_equal(batches.train_clips(clips, 0, 4, 7), batches.train_clips(clips, 0, 4, 8))
 
 
+@pytest.mark.parametrize(
+    "counts, balance, want",
+    [
+        ((40, 1000), 1, (16, 16)),
+        ((90, 810), 0.5, (8, 24)),
+        ((30, 90, 200), 0, (3, 9, 20)),
+        ((5, 20, 200), 1, (5, 13.5, 13.5)),  # 5 are all there are
+        ((2, 30), 1, (2, 30)),
+    ],
+)
+def test_shares_of_sources(counts, balance, want):
+    sources = np.repeat(np.arange(len(counts)) + 3, counts)
+    clips = np.arange(len(sources)) + 100
+    drawn = [batches.balanced_clips(clips, sources, balance, step, 32, 7) for step in range(400)]
+    assert all(len(set(batch)) == 32 for batch in drawn)
+    numbers = np.array([np.bincount(sources[batch - 100] - 3, minlength=len(counts)) for batch in drawn])
+    assert np.abs(numbers - want).max() < 1 and np.abs(numbers.mean(0) - want).max() < 0.15
+    first = np.concatenate([batch[:8] for batch in drawn])  # the first rank's
+    assert np.abs(np.bincount(sources[first - 100] - 3) / 100 - np.array(want)).max() < 2.5
+    used = Counter(np.concatenate(drawn).tolist())
+    assert set(used) == set(clips)
+    again = batches.balanced_clips(clips, sources, balance, 3, 32, 7)
+    assert (
+        np.array_equal(again, drawn[3]) and not np.array_equal(np.sort(drawn[4]), np.sort(drawn[5])) or len(clips) == 32
+    )
+
+
 @pytest.mark.parametrize("held_out, batch", [(3, 8), (8, 8), (20, 8), (1, 4)])
 def test_meta_clips_are_balanced(held_out, batch):
     clips = np.arange(50, 50 + held_out)
