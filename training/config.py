@@ -30,7 +30,7 @@ class Data:
     crop: str = "crop"
     """Static user interface, text and borders around the moving sector: 'crop', 'blank' or 'none'."""
     sheets: bool = False
-    """Write before/after sheets of the cropping as PNG, beside the cache."""
+    """Write before/after sheets of the cropping of newly decoded clips as PNG, beside the cache."""
     frames: str = "auto"
     """Numbered images of one folder: 'clip', 'images' (separate ones), or 'auto' (a clip if neighbours look alike)."""
     max_frames: int = 400

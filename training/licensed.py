@@ -55,6 +55,8 @@ def link(root, out, licences, labels=()):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.parent.resolve() != out.resolve() / path.parent.name:
             raise TaskError(f"{path.parent}: is a link to another folder; remove it")
+        if path.is_symlink() and Path(os.readlink(path)) != target:  # the data have moved
+            path.unlink()
         if not path.is_symlink():
             os.symlink(target, path)
     return dict(counts)

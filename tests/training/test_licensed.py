@@ -40,6 +40,14 @@ def test_only_files_of_the_licence_and_label_are_linked(root, tmp_path):
         link(root, out, ["CC BY-NC 4.0"])
 
 
+def test_links_follow_data_that_have_moved(root, tmp_path):
+    out = tmp_path / "chosen" / "pocus_lung"
+    link(root, out, ["CC BY 4.0"])
+    root.rename(tmp_path / "moved")
+    assert link(tmp_path / "moved", out, ["CC BY 4.0"]) == {"CC BY 4.0": 2}
+    assert sorted(path.read_bytes() for path in out.rglob("*.mp4")) == [b"\0", b"\3"]
+
+
 def test_mistakes_are_named(root, tmp_path):
     with pytest.raises(TaskError, match="no licence CC0 in file_index.csv; there are CC BY 4.0, CC BY-NC 4.0, None"):
         link(root, tmp_path / "out", ["CC0"])

@@ -6,6 +6,7 @@ folder/
   index.jsonl     the log: one line a clip, written only after its frames: id, content hash, offset, frames, crc32, ...
   index.arrow     its columns, with index.json, see `index`
   report.json     the last ingest: files that could not be read and why, duplicates, notes
+  unreadable.json the clips that could not be read, as their files were then, and why
   damaged.txt     ids of clips whose frames were found damaged; the next ingest decodes them again
   shard_001/ ...  frames.u8, index.jsonl and damaged.txt of what other processes decoded
 A cache may lie in several such folders, on several disks. `ingest.py` writes it; this module reads it.
@@ -14,6 +15,7 @@ A cache may lie in several such folders, on several disks. `ingest.py` writes it
 import json
 import mmap
 import zlib
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Iterator, Sequence
@@ -272,14 +274,19 @@ def _map(file: Path, size: int) -> np.ndarray:
 def note_damage(shard: Path, clip_id: str) -> None:
     try:
         with open(shard / "damaged.txt", "a", encoding="utf-8") as file:
-            file.write(json.dumps(clip_id) + "\n")
+            file.write("\n" + json.dumps(clip_id) + "\n")  # on a line of its own, also after one that was cut off
     except OSError:
         pass  # a read-only cache: the message is all that can be done
 
 
 def read_damage(shard: Path) -> set[str]:
-    """Ids of the clips to decode again."""
+    """Ids of the clips to decode again. A line that a crash has cut off costs that line."""
+    found = set()
     try:
-        return {json.loads(line) for line in (shard / "damaged.txt").read_text(encoding="utf-8").splitlines()}
-    except (FileNotFoundError, ValueError):
-        return set()
+        lines = (shard / "damaged.txt").read_bytes().splitlines()
+    except FileNotFoundError:
+        return found
+    for line in lines:
+        with suppress(ValueError):
+            found.add(str(json.loads(line)))
+    return found

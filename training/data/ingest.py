@@ -4,6 +4,7 @@ The first rank finds what is to be done and deals it out; each rank appends its 
 the first one joins them in the index. What an interruption leaves undone is done at the next start, nothing twice.
 """
 
+import json
 import sys
 import time
 import warnings
@@ -23,9 +24,11 @@ from training.data.cache import FrameCache, read_damage
 from training.data.index import CacheError, Log, drop_damaged, join, read_log, unique
 from training.data.shard import FrameSettings, Work, do_share, writing
 from uscl_hub.clips import Clip, Report, UnreadableClip, content_hash, find_clips
+from uscl_hub.clips.pictures import before_after
 from uscl_hub.clips.read import read_clip
 from uscl_hub.files import write_json
 
+UNREADABLE = "unreadable.json"  # in the cache's first folder
 RECENT_SECONDS = 2.0  # a file changed so shortly before may change again without another time stamp
 CHECK_BYTES = 2 << 30  # of kept frames: so many are compared with their checksums at the start, a second's work
 
@@ -96,6 +99,11 @@ def update(clips: list[Clip], work: Work, about: dict) -> tuple[FrameCache, dict
         logs = index.find_logs(work.folders)
         lines, runs, redo = read_shards(work, logs, damage=True)
         failed, todo = missing(clips, lines)
+        before = read_unreadable(folder)
+        if todo and not writable:
+            known = {clip.id: before[clip.id]["reason"] for clip, now in todo if unchanged(before.get(clip.id), now)}
+            failed |= known
+            todo = [(clip, now) for clip, now in todo if clip.id not in known]
         if todo and not writable:
             raise CacheError(
                 f"{folder}: is read-only and lacks {len(todo)} of {len(clips)} clips, such as {todo[0][0].id}; "
@@ -105,6 +113,8 @@ def update(clips: list[Clip], work: Work, about: dict) -> tuple[FrameCache, dict
             for place in work.folders:
                 if place == folder or not (place / "settings.json").exists():
                     write_json(place / "settings.json", asdict(work.settings))
+        if work.sheets and work.progress and not todo:
+            print(f"no sheets: all clips are in {folder}; another data.cache decodes them again", file=sys.stderr)
         check_kept([lines[clip.id] for clip in clips if clip.id in lines and clip.id not in failed], work, logs)
         failed |= do_share(distributed.scatter(deal(todo, runs + 1)), work, prepare)
         if todo or redo:
@@ -115,9 +125,14 @@ def update(clips: list[Clip], work: Work, about: dict) -> tuple[FrameCache, dict
                 (work.folders[number] / name / "damaged.txt").unlink(missing_ok=True)
         records, same = unique(lines[clip.id] for clip in clips if clip.id in lines and clip.id not in failed)
         cache = select(records, lines, logs, work, writable)
-        report = describe(records, same, failed, len(clips)) | about
+        report = describe(records, same, failed, len(clips), work.settings.max_frames) | about
         if writable:
             write_json(folder / "report.json", report)
+            tried = {clip.id: now for clip, now in todo}
+            kept = {name: row for name, row in before.items() if name not in tried}
+            new = {name: {"stamp": now, "reason": failed[name]} for name, now in tried.items() if name in failed}
+            if kept | new != before:
+                write_json(folder / UNREADABLE, kept | new)
     return cache, report
 
 
@@ -155,7 +170,8 @@ def select(records: list[dict], lines: dict[str, dict], logs: list[Log], work: W
 def without_results(clips: list[Clip], roots) -> tuple[list[Clip], int]:
     """The clips that are not figures or caches of ours below `roots`, and the number of those that are."""
     roots = [roots] if isinstance(roots, (str, Path)) else roots
-    tops = {Path(root).resolve() for root in roots}
+    tops = {Path(root).parent.resolve() / Path(root).name for root in roots}  # as the clips' paths: a link by its name
+    tops |= {path.resolve() for path in tops}
     tops |= {path.parent for path in tops if path.is_file()}
 
     @lru_cache(maxsize=None)
@@ -171,9 +187,14 @@ def without_results(clips: list[Clip], roots) -> tuple[list[Clip], int]:
 
 
 def stamp(clip: Clip) -> list[int]:
-    """Number of files, bytes and latest change: enough to see that a clip need not be hashed again."""
+    """Number of files, bytes and latest change, of a series also a checksum of each one's name, bytes and change:
+    enough to see that a clip need not be hashed again."""
     stats = [path.stat() for path in clip.files]
-    return [len(stats), sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)]
+    found = [len(stats), sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)]
+    if len(stats) > 1:
+        each = [(path.name, s.st_size, s.st_mtime_ns) for path, s in zip(clip.files, stats)]
+        found.append(zlib.crc32(repr(each).encode()))
+    return found
 
 
 def missing(clips: list[Clip], lines: dict[str, dict]) -> tuple[dict[str, str], list[tuple[Clip, list[int]]]]:
@@ -185,9 +206,26 @@ def missing(clips: list[Clip], lines: dict[str, dict]) -> tuple[dict[str, str], 
         except OSError as error:  # vanished since it was listed
             failed[clip.id] = f"{type(error).__name__}: {error.strerror}"
             continue
-        if clip.id not in lines or lines[clip.id].get("stamp") != now:
+        if not unchanged(lines.get(clip.id), now):
             todo.append((clip, now))
     return failed, todo
+
+
+def unchanged(line: dict | None, now: list[int]) -> bool:
+    """Whether what is known of a clip is of its files as they are now."""
+    return line is not None and line.get("stamp") == now
+
+
+def read_unreadable(folder: Path) -> dict[str, dict]:
+    """Stamp and reason, by id, of the clips that could not be read: those that can write here try them again, others
+    take them as missing, not the cache as incomplete."""
+    path = folder / UNREADABLE
+    try:
+        return {name: dict(row) for name, row in json.loads(path.read_text(encoding="utf-8")).items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError):
+        raise CacheError(f"{path} is damaged: delete it and start again") from None
 
 
 def check_kept(records: list[dict], work: Work, logs: list[Log]) -> None:
@@ -228,7 +266,8 @@ def prepare(clip: Clip, settings: FrameSettings, known: frozenset, sheets: bool)
                 line = index_line(read, sha256)
                 if len(clip.files) > 1:  # a test may hold single ones of them
                     line["files"] = [content_hash(replace(clip, files=(path,))) for path in clip.files]
-                return line, read.images, (read.before, read.region, read.after) if sheets else None
+                tile = before_after(clip.id, read.before, read.region, read.after) if sheets else None
+                return line, read.images, tile
         return "the file changes while it is read"
     except UnreadableClip as error:
         return error.reason
@@ -254,8 +293,8 @@ def index_line(read, sha256: str) -> dict:
 # ---------------------------------------------------------------------------------------------- what was done
 
 
-def describe(records, same, failed: dict[str, str], found: int) -> dict:
-    """The report of an ingest."""
+def describe(records, same, failed: dict[str, str], found: int, most: int | None) -> dict:
+    """The report of an ingest that keeps at most so many frames of a clip."""
     return {
         "clips": len(records),
         "frames": sum(record["frames"] for record in records),
@@ -263,6 +302,8 @@ def describe(records, same, failed: dict[str, str], found: int) -> dict:
         "unreadable": [{"id": name, "reason": failed[name]} for name in sorted(failed)],
         "duplicates": [{"id": a, "same_as": b} for a, b in same],
         "notes": [{"id": r["id"], "note": note} for r in records for note in r.get("notes", ())],
+        "of_one_frame": [r["id"] for r in records if r["frames"] == 1],
+        "of_max_frames": [r["id"] for r in records if most and r["frames"] >= max(2, most)],
         "burned_in_text_suspected": [r["id"] for r in records if r.get("text")],
     }
 
@@ -286,6 +327,8 @@ def print_summary(report: dict, folder: Path, passed: Report):
         ("unreadable", "could not be read"),
         ("duplicates", "are copies of another clip: left out"),
         ("notes", "were read with a note"),
+        ("of_one_frame", "have one frame: only the augmentation tells a pair's views apart"),
+        ("of_max_frames", "have as many frames as are kept (data.max_frames): what follows is left out"),
         ("burned_in_text_suspected", "may still show burned-in text: look at them before sharing"),
     ):
         if report[key]:

@@ -70,14 +70,15 @@ def contents(cache: FrameCache) -> dict:
         frame_hashes: in the order of clips, the perceptual hashes of a few frames of each; frame_hashes_of: how these
         frames were read (crop, stride, max_frames).
     """
-    order = np.argsort(cache.sha256)
+    digests = cache.sha256  # a list that is made at each use
+    order = np.argsort(digests)
     hashes = []
     for i in order:
         where = positions(int(cache.lengths[i]))
         hashes.append(frame_hashes(cache.take(np.full(1, i), where[None])[0]))
     settings = json.loads((cache.path / "settings.json").read_text(encoding="utf-8"))
     return {
-        "clips": [cache.sha256[i] for i in order],
+        "clips": [digests[i] for i in order],
         "files": sorted({file for files in cache.files for file in files}),
         "frame_hashes": hashes,
         "frame_hashes_of": {key: settings.get(key) for key in ("crop", "stride", "max_frames")},

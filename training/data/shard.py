@@ -21,10 +21,10 @@ from training import distributed
 from training.data import workers as processes
 from training.data.cache import read_damage
 from training.data.index import CacheError, drop_damaged, read_log
-from uscl_hub.clips.pictures import before_after_sheet
+from uscl_hub.clips.pictures import contact_sheet
 from uscl_hub.files import InUse, locked, write_whole
 
-VERSION = 2  # of everything that decides the frames' values: decoding, cropping, resizing
+VERSION = 3  # of everything that decides the frames' values: decoding, cropping, resizing
 FLUSH_SECONDS = 2.0
 PATIENCE = 60.0  # seconds that an ingest waits for another one into the same cache: trainings may start together
 
@@ -113,7 +113,7 @@ def append(todo, shard: tuple[dict[str, dict], int], work: Work, prepare: Callab
         prepare: reads a clip, in another process: `ingest.prepare`.
     """
     lines, end = shard
-    failed, tiles = {}, []
+    failed, sheets = {}, Sheets(work.shard / "sheets")
     by_content = {line["sha256"]: line for line in lines.values()}
     cores = max(1, (os.cpu_count() or 1) // distributed.local_world())
     count = min(cores if work.workers is None else work.workers, len(todo))
@@ -135,14 +135,32 @@ def append(todo, shard: tuple[dict[str, dict], int], work: Work, prepare: Callab
             by_content.setdefault(line["sha256"], line)
             writer.line(line)
             if tile is not None:
-                tiles.append((clip.id, *tile))
+                sheets.add(tile)
     finally:
         results.close()  # first: it ends the workers at once
         writer.close()
-    for i in range(0, len(tiles), 40):
-        path = work.shard / "sheets" / f"{i // 40:03d}.png"
-        write_whole(path, partial(before_after_sheet, tiles[i : i + 40]))
+        sheets.close()
     return failed
+
+
+class Sheets:
+    """Contact sheets of what the crop does, 40 clips each, numbered on from those of earlier ingests."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.tiles = folder, []
+        self.number = 1 + max((int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()), default=-1)
+
+    def add(self, picture):
+        self.tiles.append(picture)
+        if len(self.tiles) == 40:
+            self.close()
+
+    def close(self):
+        """Write what has not been written."""
+        if self.tiles:
+            sheet = contact_sheet(self.tiles)
+            write_whole(self.folder / f"{self.number:03d}.png", lambda part: sheet.save(part, "PNG"))
+            self.tiles, self.number = [], self.number + 1
 
 
 class Writer:

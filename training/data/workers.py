@@ -20,6 +20,8 @@ CRASHED = f"the decoder crashed, or took more than {SECONDS} s"
 FIRST = 8  # items: where all of so many crash, the fault is not theirs
 _SOCKET_PATH = 70  # bytes of a temporary folder's name that leave room for a socket's name in it
 
+_function = None  # in a worker: what it does with an item
+
 NO_START = (
     "the processes that decode cannot start. A script that calls this needs `if __name__ == '__main__':` around what "
     "it does, and must be a file, not standard input; or decode in this process, with workers=0"
@@ -38,7 +40,7 @@ def ordered(function, items, count: int, preload: str):
     """Yields function(item) of every item, in order, computed in `count` processes; CRASHED for one that ends them.
 
     Args:
-        function: picklable; called in a worker, in its main thread.
+        function: picklable; called in a worker, in its main thread. A worker gets it once, however much it holds.
         items: a list.
         count: processes; 0 calls the function here.
         preload: a module that the workers' common parent imports once.
@@ -50,12 +52,12 @@ def ordered(function, items, count: int, preload: str):
         yield from map(function, items)
         return
     waiting, flying, crashes, done = deque(items), deque(), 0, 0
-    pool = Pool(count, preload)
+    pool = Pool(function, count, preload)
     try:
         while waiting or flying:
             try:
                 while waiting and len(flying) < 2 * count:
-                    flying.append((waiting[0], pool.submit(function, waiting[0])))
+                    flying.append((waiting[0], pool.submit(waiting[0])))
                     waiting.popleft()
                 results = [flying[0][1].result()]
                 flying.popleft()
@@ -70,16 +72,16 @@ def ordered(function, items, count: int, preload: str):
                 if crashes == done == FIRST:
                     raise WorkersError(ALL_CRASH)
                 yield result
-            pool = pool or Pool(count, preload)
+            pool = pool or Pool(function, count, preload)
     finally:
         if pool:
             pool.end()
 
 
 def alone(function, item, preload: str):
-    pool = Pool(1, preload)
+    pool = Pool(function, 1, preload)
     try:
-        return pool.submit(function, item).result()
+        return pool.submit(item).result()
     except BrokenProcessPool:
         return CRASHED
     finally:
@@ -87,9 +89,10 @@ def alone(function, item, preload: str):
 
 
 class Pool:
-    """Processes that end at once when told to, whatever they are at, and when this process is killed."""
+    """Processes that call one function. They end at once when told to, whatever they are at, and when this process is
+    killed."""
 
-    def __init__(self, count: int, preload: str):
+    def __init__(self, function, count: int, preload: str):
         # forkserver: the imports happen once, not once a worker. It listens at a socket in the temporary folder.
         short = len(os.fsencode(tempfile.gettempdir())) <= _SOCKET_PATH
         method = "forkserver" if short and "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -98,7 +101,7 @@ class Pool:
             context.set_forkserver_preload([preload])
         self._until, self._stop = context.Pipe(duplex=False)
         sharing = count * distributed.local_world()
-        self._executor = ProcessPoolExecutor(count, context, start_worker, (self._until, sharing))
+        self._executor = ProcessPoolExecutor(count, context, start_worker, (self._until, sharing, function))
         try:
             self._executor.submit(os.getpid).result()
         except BrokenProcessPool:
@@ -108,8 +111,8 @@ class Pool:
             self.end()
             raise
 
-    def submit(self, function, item):
-        return self._executor.submit(limited, function, item)
+    def submit(self, item):
+        return self._executor.submit(limited, item)
 
     def end(self):
         self._stop.close()  # the workers' watchers see it
@@ -117,9 +120,11 @@ class Pool:
         self._until.close()
 
 
-def start_worker(until, count: int):
+def start_worker(until, count: int, function):
     """One of `count` workers, which share the memory budget. It leaves signals to its parent, and ends when that closes
     its pipe or is killed."""
+    global _function
+    _function = function
     memory.divide(count)
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
@@ -133,13 +138,13 @@ def start_worker(until, count: int):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def limited(function, item):
-    """function(item), ended with its process after SECONDS: a decoder that hangs sees no exception."""
+def limited(item):
+    """The worker's function(item), ended with its process after SECONDS: a decoder that hangs sees no exception."""
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(SECONDS)
     try:
-        return function(item)
+        return _function(item)
     finally:
         if hasattr(signal, "alarm"):
             signal.alarm(0)

@@ -224,7 +224,7 @@ def _pretraining(folder: Path, wanted: set[str]) -> dict[str, np.ndarray]:
     run = folder.parent
     try:
         cache = FrameCache.open(configs.cache_folders(configs.load(configs.Config, run / "config.yaml"), run))
-        found = [i for i, sha in enumerate(cache.sha256) if sha in wanted]
-        return {cache.sha256[i]: cache.clip(i)[positions(int(cache.lengths[i]))] for i in found}
+        found = [(i, sha) for i, sha in enumerate(cache.sha256) if sha in wanted]
+        return {sha: cache.clip(i)[positions(int(cache.lengths[i]))] for i, sha in found}
     except (CacheError, UserError, OSError):
         return {}

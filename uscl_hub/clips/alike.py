@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from uscl_hub.clips.clip import check_pixels
-from uscl_hub.clips.image import open_image
+from uscl_hub.clips.image import has_frames, open_image
 
 ALIKE = 0.75  # the median correlation from which neighbours are frames of one clip
 _PAIRS = 8  # looked at, evenly spread
@@ -32,7 +32,7 @@ def headers(files: Sequence[Path]) -> tuple[set[tuple[int, int]], int]:
         try:
             with open_image(path) as image:
                 sizes.add(image.size)
-                pages = max(pages, 1 + bool(getattr(image, "is_animated", False)))
+                pages = max(pages, 1 + has_frames(image))
         except Exception:  # noqa: BLE001 - see above
             continue
     return sizes, pages

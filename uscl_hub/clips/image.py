@@ -45,6 +45,12 @@ def open_image(path: Path, formats=None) -> Iterator[Image.Image]:
             yield image
 
 
+def has_frames(image: Image.Image) -> bool:
+    """Whether it is an animation or has several pages; reads the file. A camera's jpg with a preview or a depth map in
+    it (MPO) is one picture."""
+    return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+
+
 def image_frames(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | None, float | None]]:
     """Every frame of an animation, every page of a tif, the one frame of any other image; upright, as EXIF has it."""
     path = clip.files[0]
@@ -77,7 +83,7 @@ def _pages(path: Path, top: int, note, first: bool = False):
         while True:
             try:
                 if index == 0:
-                    animated = getattr(image, "is_animated", False)  # reads the file
+                    animated = has_frames(image)
                     if animated and first:
                         note("files of several pages or frames among numbered ones: only the first frame of each")
                 image.seek(index)

@@ -1,6 +1,6 @@
 """Contact sheets: pictures to look at, side by side, each with a line of text."""
 
-from typing import Iterable, Sequence
+from typing import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -35,20 +35,15 @@ def contact_sheet(tiles: Sequence[Image.Image], columns: int = 4) -> Image.Image
     return sheet
 
 
-def before_after_sheet(clips: Iterable[tuple[str, np.ndarray, Region, np.ndarray]], path) -> None:
-    """Write a PNG of what the crop does: clip id, a frame uint8 (H, W), its region, the frame after the crop."""
-    tiles = []
-    for name, frame, region, after in clips:
-        before = Image.fromarray(frame).convert("RGB")
-        ImageDraw.Draw(before).rectangle(
-            (region.left, region.top, region.right - 1, region.bottom - 1),
-            outline=YELLOW,
-            width=max(1, max(before.size) // 150),
-        )
-        pictures = [_within(picture) for picture in (before, Image.fromarray(np.ascontiguousarray(after)))]
-        tiles.append(tile(pictures, name))
-    if tiles:
-        contact_sheet(tiles).save(path, "PNG")
+def before_after(name: str, frame: np.ndarray, region: Region, after: np.ndarray) -> Image.Image:
+    """What the crop does, as a tile: clip id, a frame uint8 (H, W) with its region, the frame after the crop."""
+    before = Image.fromarray(frame).convert("RGB")
+    ImageDraw.Draw(before).rectangle(
+        (region.left, region.top, region.right - 1, region.bottom - 1),
+        outline=YELLOW,
+        width=max(1, max(before.size) // 150),
+    )
+    return tile([_within(picture) for picture in (before, Image.fromarray(np.ascontiguousarray(after)))], name)
 
 
 def _within(picture: Image.Image) -> Image.Image:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from training.data import index, workers
-from training.data.cache import CacheError, FrameCache
-from training.data.ingest import ingest
+from training.data.cache import CacheError, FrameCache, note_damage, read_damage
+from training.data.ingest import ingest, prepare
 from training.data.simulate import simulate_clip, write_demo, write_video
 from uscl_hub.clips import content_hash, find_clips
 from uscl_hub.clips.crop import apply_region, detect_region
@@ -111,6 +112,64 @@ def test_unreadable_files_are_reported_and_too_few_fail(demo, tmp_path):
         ingest([tmp_path / "nothing"], tmp_path / "out", size=32, progress=False)
 
 
+def test_a_cache_that_cannot_be_written_to_knows_what_could_not_be_read(demo, tmp_path, monkeypatch):
+    data = shutil.copytree(demo, tmp_path / "demo")
+    bad = data / "bad.mp4"
+    bad.write_bytes(b"x" * 1000)
+    settings = dict(size=32, workers=0, progress=False)
+    cache = ingest([data], tmp_path / "out", **settings)
+    monkeypatch.setattr("training.data.shard.os.access", lambda path, mode: False)
+    assert ingest([data], tmp_path / "out", **settings).ids == cache.ids
+    bad.write_bytes(b"y" * 1001)
+    with pytest.raises(CacheError, match="is read-only and lacks 1 of 11 clips, such as demo/bad.mp4"):
+        ingest([data], tmp_path / "out", **settings)
+    monkeypatch.undo()
+    shutil.copy(next(data.rglob("*clip01.mp4")), bad)  # mended: a copy of another one
+    ingest([data], tmp_path / "out", **settings)
+    assert json.loads((cache.path / "unreadable.json").read_text()) == {}
+    assert report(cache)["unreadable"] == [] and len(report(cache)["duplicates"]) == 1
+    (cache.path / "unreadable.json").write_text("[]")
+    with pytest.raises(CacheError, match="unreadable.json is damaged: delete it"):
+        ingest([data], tmp_path / "out", **settings)
+
+
+def test_frames_in_another_order_or_replaced_are_decoded_again(tmp_path):
+    """Also where number, bytes and the latest change of the files stay as they are."""
+    frames = simulate_clip("lung", 6, 48, seed=1)
+    (tmp_path / "f").mkdir()
+    files = [tmp_path / "f" / f"f_{i}.bmp" for i in range(6)]
+    for i, (path, frame) in enumerate(zip(files, frames)):
+        Image.fromarray(frame).save(path)
+        os.utime(path, (1000 + i, 1000 + i))
+    settings = dict(size=48, crop="none", workers=0, progress=False, frames="clip")
+    assert np.array_equal(ingest([tmp_path / "f"], tmp_path / "out", **settings).clip(0), frames)
+    for path in files:
+        path.rename(path.with_suffix(".moved"))
+    for i, path in enumerate(files):
+        path.with_suffix(".moved").rename(files[5 - i])
+    assert np.array_equal(ingest([tmp_path / "f"], tmp_path / "out", **settings).clip(0), frames[::-1])
+    Image.fromarray(frames[0]).save(files[1])
+    os.utime(files[1], (900, 900))
+    want = np.stack([frames[5], frames[0], *frames[3::-1]])
+    assert np.array_equal(ingest([tmp_path / "f"], tmp_path / "out", **settings).clip(0), want)
+
+
+def test_what_a_report_says_of_lengths(demo, tmp_path, capsys):
+    Image.fromarray(simulate_clip("lung", 1, 48, seed=1)[0]).save(tmp_path / "one.png")
+    said = report(ingest([demo, tmp_path / "one.png"], tmp_path / "out", size=32, workers=0, max_frames=6))
+    assert len(said["of_one_frame"]) == 1 and len(said["of_max_frames"]) == 10
+    printed = capsys.readouterr().err
+    assert "1 have one frame: only the augmentation" in printed and "10 have as many frames as are kept" in printed
+
+
+def test_a_damage_list_that_was_cut_off(tmp_path):
+    note_damage(tmp_path, "a")
+    with open(tmp_path / "damaged.txt", "a") as file:
+        file.write('"b')
+    note_damage(tmp_path, "c")
+    assert read_damage(tmp_path) == {"a", "c"}
+
+
 def test_whatever_a_killed_writer_leaves_is_cut_off(demo, tmp_path):
     whole = ingest([demo], tmp_path / "whole", size=32, workers=0, progress=False)
     index, data = ((whole.path / name).read_bytes() for name in ("index.jsonl", "frames.u8"))
@@ -149,7 +208,7 @@ def script(tmp_path, demo, out, body=""):
         import sys
         sys.path.insert(0, {str(REPO)!r})
         from training.data import shard as module
-        from training.data.ingest import ingest
+        from training.data.ingest import ingest, prepare
         {body}
         if __name__ == '__main__':
             print(len(ingest([{str(demo)!r}], {str(out)!r}, size=32, workers=2, progress=False)))
@@ -223,8 +282,8 @@ class Crashing(workers.Pool):
 
     wanted = staticmethod(lambda name: name.endswith("lung/subj00_clip01.mp4"))
 
-    def submit(self, function, clip):
-        return self._executor.submit(os._exit, 1) if self.wanted(clip.id) else super().submit(function, clip)
+    def submit(self, clip):
+        return self._executor.submit(os._exit, 1) if self.wanted(clip.id) else super().submit(clip)
 
 
 def test_a_crashing_decoder_costs_one_clip(demo, tmp_path, monkeypatch):
@@ -360,6 +419,33 @@ def test_stride_max_frames_sheets_and_bad_arguments(demo, tmp_path):
         ingest([demo], tmp_path, size=32, crop="cut")
     with pytest.raises(ValueError, match="at least 1"):
         ingest([demo], tmp_path, size=0)
+
+
+def test_sheets_are_numbered_on_and_kept_when_interrupted(demo, tmp_path, capsys, monkeypatch):
+    data = shutil.copytree(demo, tmp_path / "demo")
+    settings = dict(size=32, workers=0, sheets=True)
+    videos = sorted(data.rglob("*.mp4"))
+    for path in videos[6:]:
+        path.rename(path.with_suffix(".later"))
+    cache = ingest([data], tmp_path, **settings)
+    for path in videos[6:]:
+        path.with_suffix(".later").rename(path)
+
+    def interrupted(clip, **settings):
+        if clip.files[0] == videos[8]:
+            raise KeyboardInterrupt
+        return prepare(clip, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.data.ingest.prepare", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ingest([data], tmp_path, **settings)
+    assert "no sheets" not in capsys.readouterr().err
+    ingest([data], tmp_path, **settings)
+    ingest([data], tmp_path, **settings)
+    assert "no sheets: all clips are in" in capsys.readouterr().err
+    sizes = [Image.open(path).size for path in sorted((cache.path / "sheets").iterdir())]
+    assert sizes == [(4 * 326, 2 * 175), (2 * 326, 175), (2 * 326, 175)]  # of 6, 2 and 2 clips
 
 
 def test_a_hundred_thousand_clips_stay_small(tmp_path):
@@ -508,5 +594,7 @@ def test_results_below_the_roots_are_no_clips(demo, tmp_path):
     again = ingest([data], data / "run" / "cache", **settings)
     assert set(again.ids) - set(first.ids) == {"demo/other/mine.png"}
     assert report(again)["own_results_left_out"] == 2
+    (run / "linked").symlink_to(demo)
+    assert len(ingest([run / "linked"], tmp_path / "linked", size=32, workers=0, progress=False)) == 10
     named = ingest([run / "figures" / "loss.png"], tmp_path / "named", size=32, workers=0, progress=False)
     assert named.ids == ["figures/loss.png"]  # what is asked for by name is meant

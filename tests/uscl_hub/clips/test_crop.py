@@ -14,7 +14,7 @@ from uscl_hub.clips.crop import (
     sample,
 )
 from uscl_hub.clips.decode import decode
-from uscl_hub.clips.pictures import before_after_sheet
+from uscl_hub.clips.pictures import before_after, contact_sheet
 from uscl_hub.clips.text import burned_in_text_suspected
 
 
@@ -124,11 +124,11 @@ def test_sample_is_even_with_both_ends():
     assert picked[0] == 0 and picked[-1] == 99 and len(picked) == 5
 
 
-def test_sheet(tmp_path):
+def test_sheet():
     frame = speckle(1)[0]
     region = Region(10, 100, 20, 150)
-    before_after_sheet([("a/b.mp4", frame, region, apply_region(frame, region))] * 5, tmp_path / "sheet.png")
-    assert Image.open(tmp_path / "sheet.png").size == (4 * 326, 2 * 175)
+    tile = before_after("a/b.mp4", frame, region, apply_region(frame, region))
+    assert contact_sheet([tile] * 5).size == (4 * 326, 2 * 175)
 
 
 @pytest.mark.parametrize("text", ["JANE DOE 1970", "gypsy 12:30", "MI 0.4"])

@@ -13,6 +13,7 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 
 from uscl_hub.clips import find_clips, iter_frames
+from uscl_hub.clips.alike import headers
 from uscl_hub.clips.decode import decode
 from uscl_hub.clips.read import read_clip
 
@@ -192,6 +193,16 @@ def test_numbered_files_of_several_pages_are_recordings(tmp_path, extension):
     (clip,) = find_clips([tmp_path], frames="clip")
     with pytest.warns(UserWarning, match="only the first frame of each"):
         assert len(decode(clip)[0]) == 3
+
+
+def test_a_jpeg_with_a_preview_in_it_is_one_picture(tmp_path):
+    frames = [Image.fromarray(frame) for frame in movie(6)]
+    for i in range(3):
+        frames[i].save(tmp_path / f"{i}.jpg", "MPO", save_all=True, append_images=[frames[5]])
+    assert len(decode(find_clips([tmp_path / "1.jpg"])[0])[0]) == 1
+    found, _, notes, _ = read(tmp_path)
+    assert near(found, movie(6)[:3]) and not notes
+    assert headers(sorted(tmp_path.iterdir())) == ({movie(1)[0].shape[::-1]}, 1)
 
 
 @pytest.mark.parametrize("extension", ["gif", "webp", "png"])
