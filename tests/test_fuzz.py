@@ -119,7 +119,16 @@ def test_clips(seeds, tmp_path):
             if name.endswith(".png"):  # the format carries checksums: right, or refused
                 assert same_pixels(clip, reference(seeds, name.split("-")[1], tmp_path)), name
         assert {p.name for p in cache.path.iterdir()} == {
-            *("settings.json", "frames.u8", "index.jsonl", "index.arrow", "index.json", "report.json", ".lock")
+            *(
+                "settings.json",
+                "frames.u8",
+                "index.jsonl",
+                "index.arrow",
+                "index.json",
+                "report.json",
+                "unreadable.json",
+                ".lock",
+            )
         }
         again = ingest([folder], tmp_path / "again", size=SIZE, workers=0, progress=False, min_clips=0)
         assert again.ids == cache.ids and again.frames.tobytes() == cache.frames.tobytes()  # no stray memory in it

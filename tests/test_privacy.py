@@ -119,7 +119,7 @@ def test_planted_names(scans, tmp_path, capfd, caplog, monkeypatch):
     with_paths = {path.as_posix() for path, content in files.items() if PATH.encode() in content}
     cache = next((tmp_path / "run" / "cache").iterdir()).relative_to(tmp_path).as_posix()
     assert with_paths == {
-        *(f"{cache}/index.jsonl", f"{cache}/index.arrow", f"{cache}/report.json"),
+        *(f"{cache}/index.jsonl", f"{cache}/index.arrow", f"{cache}/report.json", f"{cache}/unreadable.json"),
         *("f.parquet", "f.parquet.report.json"),
         "run/config.yaml",  # data.roots and data.group, as the user wrote them
     }
