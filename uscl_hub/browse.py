@@ -7,6 +7,7 @@ home, are switched off.
 import contextlib
 import io
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from uscl_hub.clips.read import read_clip
 from uscl_hub.errors import UserError
 from uscl_hub.features.table import THUMBNAIL, import_pyarrow, read_clips
 from uscl_hub.features.thumbnails import open_thumbnail, to_png
-from uscl_hub.labels.rows import as_id, of_longest_end, read_rows
+from uscl_hub.labels.rows import as_id, as_number, of_longest_end, read_rows
 from uscl_hub.signals import signals_interrupt
 
 HOST = "127.0.0.1"
@@ -114,11 +115,11 @@ def _predictions(path: Path) -> tuple[list[str], dict[str, list], np.ndarray]:
 
 
 def typed(texts: list[str]) -> list:
-    """Numbers where all texts are, else the texts."""
-    try:
-        return [float(text) if text else np.nan for text in texts]
-    except ValueError:
+    """Numbers where all texts are, else the texts: those with a 0 in front, as 007, too."""
+    numbers = [as_number(text) if text else np.nan for text in texts]
+    if any(number is None for number in numbers) or any(re.match(r"[+-]?0\d", text) for text in texts):
         return texts
+    return numbers
 
 
 def _pictures(paths: list, frames: list) -> list[bytes]:

@@ -94,12 +94,16 @@ def _cropped(image, *, crop: str, size: int, **scale) -> torch.Tensor:
 
 
 def check_export(folder) -> dict:
-    """`checkpoints.check_folder`, of a U-Net of training/finetune.py, too, which is no network of timm's."""
+    """`checkpoints.check_folder`, also of a U-Net, which is no network of timm's; of a model of training/finetune.py,
+    what its outputs are, too."""
     *_, config = checkpoints.read_config(folder)
     about = config.get("uscl_hub")
-    if not isinstance(about, dict) or about.get("task") != "segmentation":
+    if not isinstance(about, dict) or "task" not in about:
         return checkpoints.check_folder(folder)
-    _load_unet(Path(folder), len(read_meaning(folder).labels))
+    meaning = read_meaning(folder)
+    if meaning.task != "segmentation":
+        return checkpoints.check_folder(folder)
+    _load_unet(Path(folder), len(meaning.labels))
     return config
 
 
@@ -133,6 +137,9 @@ def read_meaning(path) -> Meaning:
     names, temperature = about.get("label_names"), about.get("temperature")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{where}: uscl_hub.label_names must be a list of names")
+    if about["task"] != "segmentation" and config.get("num_classes") != len(names):
+        found = config.get("num_classes")
+        raise CheckpointError(f"{where}: num_classes is {found!r}, but uscl_hub.label_names has {len(names)} names")
     if not isinstance(temperature, (int, float)) or isinstance(temperature, bool) or not 0 < temperature < math.inf:
         raise CheckpointError(f"{where}: uscl_hub.temperature must be a number above 0, not {temperature!r}")
     if about.get("crop") not in ("none", "crop", "blank"):

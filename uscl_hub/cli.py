@@ -354,7 +354,11 @@ COMMANDS = {
         _browse_arguments,
         "Look at a table: a map with pictures, in the browser of this machine.",
     ),
-    "export": (_export, _export_arguments, "Write the model for deployment, and check it against PyTorch."),
+    "export": (
+        _export,
+        _export_arguments,
+        "Write a backbone, without its classifier, for deployment, and check it against PyTorch.",
+    ),
 }
 
 

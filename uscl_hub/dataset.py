@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from uscl_hub.clips import UnreadableClip, iter_frames
 from uscl_hub.clips.crop import SAMPLES, Region, apply_region, detect_region, sample
+from uscl_hub.clips.image import has_frames, open_image
 from uscl_hub.files import open_regular
 from uscl_hub.labels import Item, LabelError, Labels, cluster, read_labels
 from uscl_hub.labels.checks import IMAGE_FORMATS, is_close
@@ -36,7 +37,7 @@ class UltrasoundDataset(Dataset):
         task, columns, frames: see `read_labels`.
         split: only the files of this split of the table.
         crop: 'crop' removes the scanner's user interface, 'blank' blackens it, 'none' leaves it.
-        frames_per_clip: frames taken of a video, evenly spread.
+        frames_per_clip: frames taken of a video, an animation or a file of several pages, evenly spread.
 
     Attributes:
         task: 'classification', 'regression', 'multilabel' or 'segmentation'.
@@ -92,7 +93,8 @@ class UltrasoundDataset(Dataset):
             warnings.warn(f"{labels.source}: {note}", stacklevel=2)
         self.labels, self.transform, self.joint, self.crop = labels, transform or _plain, joint, crop
         self.task, self.classes = labels.task, labels.classes
-        counts = [1 if _is_still(item) else frames_per_clip for item in labels.items]
+        still = self.task == "segmentation"  # masks are those of single images
+        counts = [1 if still or _is_still(item) else frames_per_clip for item in labels.items]
         self.item = np.repeat(np.arange(len(counts)), counts)
         self._frame = np.concatenate([np.arange(count) for count in counts])  # which of the file's frames
         self.frames_per_clip = frames_per_clip
@@ -161,10 +163,13 @@ class UltrasoundDataset(Dataset):
 
 
 def _is_still(item: Item) -> bool:
-    """Whether a file holds one frame, by its name or, for DICOM, its header."""
-    if item.kind != "dicom":
-        return item.kind == "image"
+    """Whether a file holds one frame, by its header."""
+    if item.kind not in ("image", "dicom"):
+        return False
     try:
+        if item.kind == "image":
+            with open_image(item.path) as image:
+                return not has_frames(image)
         from pydicom import dcmread
 
         header = dcmread(item.path, stop_before_pixels=True, specific_tags=["NumberOfFrames"])

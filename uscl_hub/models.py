@@ -26,6 +26,8 @@ default_cfgs = generate_default_cfgs(registry.pretrained_cfgs())
 
 def _create(name: str, pretrained: bool, **kwargs) -> nn.Module:
     build = model_entrypoint(registry.ARCHITECTURES[name].timm)
+    if kwargs.get("features_only"):
+        kwargs.pop("num_classes", None)  # there is no classifier; timm's own loading fails on a number of classes
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     own = {"file": None, "hf_hub_id": None, "url": ""}
     if own.keys() & overlay.keys():  # what the caller names comes before the release's own sources

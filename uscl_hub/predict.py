@@ -22,6 +22,8 @@ from PIL import Image
 from scipy.ndimage import binary_erosion
 from scipy.special import entr
 
+from uscl_hub import __version__
+from uscl_hub.checkpoints import CONFIG_NAME
 from uscl_hub.classifier import Meaning, load_classifier, read_meaning, run
 from uscl_hub.clips import Clip, content_hash
 from uscl_hub.clips.clip import path_of
@@ -30,8 +32,8 @@ from uscl_hub.clips.pictures import YELLOW, contact_sheet
 from uscl_hub.clips.read import Frames, read_clip
 from uscl_hub.errors import UserError
 from uscl_hub.features.network import placed, side_by_side
-from uscl_hub.files import check_room, finished, locked, open_regular, write_json, write_whole
-from uscl_hub.inputs import ahead, batches, find_inputs, nothing_read, read_ahead, unknown_files, write_report
+from uscl_hub.files import check_room, finished, locked, open_regular, sha256, write_json, write_whole
+from uscl_hub.inputs import ahead, find_inputs, nothing_read, read_ahead, unknown_files, write_report
 from uscl_hub.preprocess import normalise
 
 BATCH = 64
@@ -81,7 +83,8 @@ def predict(
     if per == "frame" or meaning.task == "segmentation":
         meaning = replace(meaning, rate=0)  # all frames
     network = _network(model, onnx, device)
-    settings = {"weights": meaning.sha256, "per": per, "onnx": onnx, "rate": meaning.rate}
+    about = {"version": __version__, "config": sha256(Path(model) / CONFIG_NAME), "weights": meaning.sha256}
+    settings = {**about, "per": per, "onnx": onnx}
     partial.mkdir(parents=True, exist_ok=True)
     with locked(partial):
         check_room(partial)
@@ -102,15 +105,13 @@ def predict(
 
 
 def _network(folder, onnx: bool, device: str):
-    """(function of uint8 frames (N, px, px) -> logits float32 (N, outputs, ...), their pixels)."""
+    """(function of a batch of uint8 frames (N, px, px) -> logits float32 (N, outputs, ...), their pixels)."""
     model, transform, _ = load_classifier(folder)
     keywords, model = transform.keywords, placed(model, device)
     apply = _onnx(Path(folder) / ONNX_NAME) if onnx else lambda x: run(model, x)
 
     def logits(images: np.ndarray) -> np.ndarray:
-        batches = np.array_split(images, -(-len(images) // BATCH))
-        scale = keywords["in_chans"], keywords["mean"], keywords["std"]
-        return np.concatenate([apply(normalise(batch, *scale).float()) for batch in batches])
+        return apply(normalise(images, keywords["in_chans"], keywords["mean"], keywords["std"]).float())
 
     return logits, keywords["size"]
 
@@ -147,20 +148,29 @@ def _run_all(clips, kept: dict, network, meaning: Meaning, partial: Path, shown:
         return clip, digest, read_clip(clip, size, crop=meaning.crop)
 
     def say(batch: list[tuple]) -> list[tuple]:
-        """(clip, content hash, Frames, what the model says of each frame that counts) of clips; passes span clips."""
-        images = [frames.images[:: _step(frames, meaning)] for _, _, frames in batch]
-        said = meaning.say(logits(np.concatenate(images)))
+        """A batch of `_batches`, with what the model says of each frame."""
+        images = [frames.images[n.start : n.stop : n.step] for *_, frames, n in batch]
         ends = np.cumsum([len(part) for part in images])
-        return [(*found, part) for found, part in zip(batch, np.split(said, ends[:-1]))]
+        said = np.split(meaning.say(logits(np.concatenate(images))), ends[:-1])
+        return [(*part, one) for part, one in zip(batch, said)]
 
     results: dict[str, dict] = {}
     failed: list[dict] = []
-    waiting = batches(_new(read_ahead(look, clips, stopped, progress), failed, results, kept), BATCH, [])
+    waiting = _batches(_new(read_ahead(look, clips, stopped, progress), failed, results, kept), meaning)
+    parts: list = []  # of a clip that is in several batches
     try:
         with open(partial / "clips.jsonl", "a", encoding="utf-8") as log, side_by_side(device) as workers:
             with contextlib.closing(ahead(say, waiting, *workers)) as computed:
-                for clip, digest, frames, said in itertools.chain.from_iterable(computed):
-                    result = _result(clip, frames, said, meaning, partial)
+                for clip, digest, frames, numbers, said in itertools.chain.from_iterable(computed):
+                    if not np.isfinite(said).all():
+                        raise UserError(f"{path_of(clip)}: the model gives numbers that are not finite")
+                    if meaning.task == "segmentation":  # the masks are written now: in memory they are large
+                        said = [_masked(clip, n, p[0], frames, partial) for n, p in zip(numbers, said)]
+                    parts.extend(said)
+                    if numbers[-1] + numbers.step < len(frames.images):
+                        continue
+                    result = _result(clip, range(0, len(frames.images), numbers.step), parts, meaning)
+                    parts = []
                     result |= {"id": clip.id, "sha256": digest, "notes": list(frames.notes)}
                     log.write(json.dumps(result) + "\n")
                     log.flush()
@@ -181,24 +191,37 @@ def _new(found: Iterable, failed: list, results: dict, kept: dict) -> Iterator[t
             yield one
 
 
+def _batches(found: Iterable[tuple], meaning: Meaning) -> Iterator[list[tuple]]:
+    """(clip, content hash, Frames) triples, with the numbers of the frames that count, in lists of BATCH frames
+    together, but for the last. A long clip is in several lists."""
+    batch, room = [], BATCH
+    for one in found:
+        frames = one[2]
+        numbers = range(0, len(frames.images), _step(frames, meaning))
+        while numbers:
+            taken, numbers = numbers[:room], numbers[room:]
+            batch.append((*one, taken))
+            room -= len(taken)
+            if not room:
+                yield batch
+                batch, room = [], BATCH
+    if batch:
+        yield batch
+
+
 def _step(frames: Frames, meaning: Meaning) -> int:
     """Every how many frames of a clip count."""
     fps = frames.fps if frames.fps and len(frames.images) > 1 else 0.0
     return max(1, round(fps / meaning.rate)) if meaning.rate else 1
 
 
-def _result(clip, shown: Frames, said: np.ndarray, meaning: Meaning, partial: Path) -> dict:
-    """A clip's rows, 'clip' and 'frame'. said: of each frame that counts, what the model says."""
-    numbers = range(0, len(shown.images), _step(shown, meaning))
-    if not np.isfinite(said).all():
-        raise UserError(f"{path_of(clip)}: the model gives numbers that are not finite")
+def _result(clip: Clip, numbers: range, said: list, meaning: Meaning) -> dict:
+    """A clip's rows, 'clip' and 'frame'. said: of each frame that counts, what the model says, or its mask's."""
     common = {"path": as_text(path_of(clip)), "clip": clip.id}
     if meaning.task == "segmentation":
-        rows = [
-            {**common, "frame": n, "frames": 1, **_masked(clip, n, p[0], shown, partial)} for n, p in zip(numbers, said)
-        ]
+        rows = [{**common, "frame": n, "frames": 1, **mask} for n, mask in zip(numbers, said)]
         return {"path": common["path"], "clip": rows, "frame": rows}
-    whole = {**common, "frame": None, "frames": len(said), **_columns(said.mean(0), meaning)}
+    whole = {**common, "frame": None, "frames": len(said), **_columns(np.mean(said, axis=0), meaning)}
     each = [{**common, "frame": n, "frames": 1, **_columns(p, meaning)} for n, p in zip(numbers, said)]
     return {"path": common["path"], "clip": [whole], "frame": each}
 
@@ -268,8 +291,8 @@ def _kept(partial: Path, settings: dict) -> dict[str, dict]:
     about = partial / "settings.json"
     if about.exists() and json.loads(about.read_text(encoding="utf-8")) != settings:
         raise ValueError(
-            f"{partial}: is of an interrupted run of another model or --per, or of another version of uscl-hub. Choose "
-            "another output, or remove it"
+            f"{partial}: is of an interrupted run of another model, --per or --onnx, or of another version of "
+            "uscl-hub. Choose another output, or remove it"
         )
     write_json(about, settings)
     kept = {}

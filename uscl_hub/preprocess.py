@@ -7,6 +7,7 @@ carry that same grey image.
 
 import math
 import numbers
+import warnings
 from functools import partial
 
 import numpy as np
@@ -21,7 +22,8 @@ def to_grey(image) -> np.ndarray:
 
     image: PIL image of any mode; ndarray (H, W) or (H, W, 1|3|4); tensor (H, W) or (1|3|4, H, W). Arrays and
     tensors are bool, uint8, uint16, or floating point in [0, 1]. Colour becomes ITU-R 601 luma exactly as
-    PIL's convert('L') (alpha is ignored), 16 bit becomes 8 bit by rounding x / 257.
+    PIL's convert('L') (alpha is ignored), 16 bit becomes 8 bit by rounding x / 257: an image whose values need
+    only 12 of its 16 bits comes out nearly black, with a warning. `uscl_hub.clips` shows such files as viewers do.
     Raises TypeError for anything that is not an image and ValueError for a wrong shape, dtype or range, or
     NaN.
 
@@ -32,7 +34,10 @@ def to_grey(image) -> np.ndarray:
         if image.mode == "L":
             return _not_empty(np.array(image))
         if not (image.mode == "F" or image.mode.startswith("I")):
-            return _not_empty(np.array(image.convert("L")))
+            try:
+                return _not_empty(np.array(image.convert("L")))
+            except ValueError:
+                raise ValueError(f"image of mode {image.mode} has no grey: convert it to L or RGB first") from None
         array = np.array(image)
         if image.mode == "I":  # PIL's 32 bit integers are how it opens some 16 bit files
             if array.size and (array.min() < 0 or array.max() > 65535):
@@ -75,6 +80,12 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * 255
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # either byte order
+        if 0 < (highest := int(array.max())) < 4096:
+            warnings.warn(
+                f"a 16 bit image has no value above {highest}: of 65535, that is nearly black. Divide it by its full "
+                "scale (4095 for 12 bits) first",
+                stacklevel=2,
+            )
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if array.dtype.kind == "f":
         low, high = float(array.min()), float(array.max())

@@ -54,6 +54,20 @@ def predictions(scans, path, per=""):
     return path
 
 
+@pytest.mark.parametrize(
+    "texts, shown",
+    [
+        (["1", "2.5", "-3e2"], [1, 2.5, -300]),
+        (["0", "0.5", "-0.25"], [0, 0.5, -0.25]),
+        (["007", "12", "3"], ["007", "12", "3"]),
+        (["1_2", "3", "4"], ["1_2", "3", "4"]),
+    ],
+)
+def test_numbers_are_columns_of_numbers_and_ids_are_not(tmp_path, texts, shown):
+    (tmp_path / "more.csv").write_text("clip,more\n" + "".join(f"{i},{text}\n" for i, text in zip("abc", texts)))
+    assert joined(["a", "b", "c"], tmp_path / "more.csv") == {"more": shown}
+
+
 def test_a_table_of_embed(table):
     columns, vectors = read(table)
     ids = [row["clip"] for row in pq.read_table(table).to_pylist() if row["level"] == "clip"]

@@ -184,6 +184,26 @@ def test_unknown_settings(table, tmp_path):
         read_labels(tmp_path / "nothing")
 
 
+def test_classes_that_look_like_no_value(table, tmp_path):
+    labels = ["none", "inf", "sup", "none", "inf", "sup"]
+    assert read_labels(table(rows("label", labels))).classes == ("inf", "none", "sup")
+    for values, message in [
+        (["1", "2", "none", "1", "2", "1"], "row 4: 'label' is none, among numbers"),
+        (["1", "2", "inf", "1", "2", "1"], "row 4: 'label' is inf, among numbers"),
+        (["x", "y", "NA", "x", "y", "x"], "row 4: 'label' is NA. Fill it in"),
+        (["x", "y", "", "x", "y", "x"], "row 4: 'label' is empty"),
+    ]:
+        with pytest.raises(LabelError, match=message):
+            read_labels(table(rows("label", values)))
+    graded = read_labels(table(rows("label", ["1", "2", "none"] * 2)), "classification")
+    assert graded.classes == ("1", "2", "none")
+
+
+def test_digits_with_an_underscore_are_no_number(table):
+    found = read_labels(table(rows("label", ["1_2", "1_3"] * 3)))
+    assert (found.task, found.classes) == ("classification", ("1_2", "1_3"))
+
+
 def test_folders_that_say_nothing(tmp_path):
     for name in ("train", "test"):
         picture(tmp_path / "a" / name / "x.png", 1)
@@ -373,6 +393,52 @@ def test_busi():
     assert sum(len(item.masks) > 1 for item in masks.items) > 10
     few = cluster(found.subset(np.arange(0, 778, 40)))
     assert any("patients are unknown" in note for note in few.notes)
+
+
+@pytest.mark.parametrize("linked", ["site", "images", "masks"])
+def test_masks_behind_a_link(tmp_path, linked):
+    root, disk = tmp_path / "lesions", tmp_path / "disk"
+    for i in range(3):
+        picture(disk / "images" / f"x{i}.png", i)
+        mask(disk / "masks" / f"x{i}.png", np.s_[:10])
+    root.mkdir()
+    if linked == "site":
+        (root / "site").symlink_to(disk)
+    else:
+        for name in ("images", "masks"):
+            if name == linked:
+                (root / name).symlink_to(disk / name)
+            else:
+                (disk / name).rename(root / name)
+    (root / "loop").symlink_to(root)
+    found = read_labels(root, "segmentation")
+    assert [len(item.masks) for item in found.items] == [1, 1, 1] and not found.notes
+    assert all(y[:100].any() for _, y in uscl_hub.UltrasoundDataset(root, task="segmentation", crop="none"))
+
+
+@pytest.mark.parametrize("name", ["x0.jpg", "x0.png"])
+def test_an_image_that_is_shown_turned_does_not_fit_its_mask(tmp_path, name):
+    for i in range(2):
+        picture(tmp_path / f"x{i}.png", i, size=(50, 50))
+        mask(tmp_path / f"x{i}_mask.png", np.s_[:10], size=(50, 50))
+    assert len(read_labels(tmp_path).items) == 2
+    image = Image.open(tmp_path / "x0.png")
+    image.load()
+    (tmp_path / "x0.png").unlink()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / name, exif=exif)
+    with pytest.raises(LabelError, match=f"{name}: it is shown turned, by its EXIF, and its mask is not"):
+        read_labels(tmp_path)
+
+
+def test_pages_and_frames_of_pictures_are_samples(tmp_path):
+    shades = [Image.fromarray(np.full((40, 40), 40 * i + 10, np.uint8)) for i in range(6)]
+    for kind in "ab":
+        (tmp_path / kind).mkdir()
+        shades[0].save(tmp_path / kind / f"{kind}.tif", save_all=True, append_images=shades[1 if kind == "a" else 6 :])
+    data = uscl_hub.UltrasoundDataset(tmp_path, crop="none", frames_per_clip=3, transform=lambda grey: grey.max())
+    assert [(int(x), y) for x, y in data] == [(50, 0), (130, 0), (210, 0), (10, 1)]
 
 
 def test_masks_below_a_linked_folder(tmp_path):

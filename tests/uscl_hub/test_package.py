@@ -97,7 +97,9 @@ def test_heads_channels_and_feature_maps():
     assert timm.create_model(NAME, num_classes=4)(x).shape == (2, 4)
     assert timm.create_model(NAME, num_classes=0, global_pool="")(x).shape == (2, 512, 2, 2)
     assert timm.create_model(NAME, in_chans=1)(x[:, :1]).shape == (2, 512)
-    assert [f.shape[1] for f in timm.create_model(NAME, features_only=True)(x)] == [64, 64, 128, 256, 512]
+    for options in ({}, {"pretrained": True}, {"pretrained": True, "num_classes": 3}):
+        model = timm.create_model(NAME, features_only=True, **options)
+        assert [f.shape[1] for f in model(x)] == [64, 64, 128, 256, 512]
 
 
 def test_no_release_is_an_error_not_random_weights(tmp_path):

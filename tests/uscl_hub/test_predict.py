@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import uscl_hub
 from uscl_hub import cli, predict
 from uscl_hub.checkpoints import CheckpointError
-from uscl_hub.classifier import read_meaning
+from uscl_hub.classifier import Meaning, check_export, read_meaning
 from uscl_hub.errors import UserError
 from uscl_hub.files import sha256
 from uscl_hub.unet import UNet
@@ -150,6 +150,28 @@ def test_masks_are_made_of_every_frame_and_never_of_masks(models, files, tmp_pat
         assert {Path(row["path"]).parent for row in rows} == {scans}
 
 
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_a_long_clip_is_in_several_batches(models, files, tmp_path, monkeypatch, task):
+    """What the model says of a batch is never held longer than the batch: masks are large."""
+    sizes = []
+
+    def say(self, logits, original=Meaning.say):
+        sizes.append(len(logits))
+        return original(self, logits)
+
+    monkeypatch.setattr(Meaning, "say", say)
+    tables = []
+    for batch in (64, 4):
+        monkeypatch.setattr(predict, "BATCH", batch)
+        predict.predict(models[task], [files], tmp_path / f"{batch}.csv", per="frame", progress=False)
+        tables.append(rows_of(tmp_path / f"{batch}.csv"))
+    assert sizes == [12, 4, 4, 4]  # 9 frames and 3 images
+    for whole, cut in zip(*tables, strict=True):
+        assert (whole["path"], whole["frame"]) == (cut["path"], cut["frame"])
+        name = "area" if task == "segmentation" else "p_benign"
+        assert float(whole[name]) == pytest.approx(float(cut[name]), abs=1e-3 if task == "segmentation" else 1e-6)
+
+
 def test_a_name_that_is_not_utf_8(models, files, tmp_path):
     odd = os.fsencode(tmp_path) + b"/M\xfcller.png"
     try:
@@ -220,8 +242,13 @@ def test_interrupted_it_goes_on(models, tmp_path, monkeypatch):
     assert not (tmp_path / "p.csv").exists() and 1 <= len(log.read_text().splitlines()) <= 14
     with open(log, "a") as file:
         file.write('{"id": "cut')  # killed while it wrote
-    with pytest.raises(ValueError, match="interrupted run of another model or --per"):
+    with pytest.raises(ValueError, match="interrupted run of another model, --per or --onnx"):
         predict.predict(models["classification"], [files], tmp_path / "p.csv", per="frame", progress=False)
+    calibrated = shutil.copytree(models["classification"], tmp_path / "calibrated")  # the same weights
+    config = (calibrated / "config.json").read_text()
+    (calibrated / "config.json").write_text(config.replace('"temperature": 2.0', '"temperature": 3.0'))
+    with pytest.raises(ValueError, match="interrupted run of another model"):
+        predict.predict(calibrated, [files], tmp_path / "p.csv", progress=False)
     report = predict.predict(models["classification"], [files], tmp_path / "p.csv", progress=False)
     assert report["computed"] < 16
     for row, expected in zip(
@@ -249,6 +276,7 @@ def test_what_cannot_be_read_is_named_and_passed_over(models, files, tmp_path, c
         ({"temperature": 0}, "temperature must be a number above 0"),
         ({"temperature": "warm"}, "temperature must be a number above 0"),
         ({"label_names": "abc"}, "label_names must be a list"),
+        ({"label_names": ["benign", "malignant"]}, "num_classes is 3, but uscl_hub.label_names has 2 names"),
         ({"crop": "no"}, "crop must be"),
         ({"rate": -1}, "rate must be"),
     ],
@@ -257,6 +285,8 @@ def test_models_that_are_none_are_one_line(files, tmp_path, about, message, caps
     folder = export(tmp_path / "model", "classification", **about)
     with pytest.raises(CheckpointError, match=message):
         read_meaning(folder)
+    with pytest.raises(CheckpointError, match=message):  # of uscl-hub verify and push
+        check_export(folder)
     assert cli.main(["predict", str(folder), str(files), "-o", str(tmp_path / "p.csv")]) == 1
     error = capsys.readouterr().err
     assert message.split(" must")[0] in error and error.count("\n") == 1

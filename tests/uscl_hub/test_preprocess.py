@@ -1,6 +1,7 @@
 """One definition of preprocessing: every kind of image, against PIL, torchvision and timm."""
 
 import pickle
+import warnings
 from functools import partial
 
 import numpy as np
@@ -35,6 +36,23 @@ def test_sixteen_bit_rounds_over_the_whole_range():
     assert np.array_equal(to_grey(Image.fromarray(values.astype(np.int32))), want)  # I
     assert np.array_equal(to_grey(values.astype(">u2")), want)
     assert np.array_equal(to_grey(torch.from_numpy(values)), want)
+
+
+@pytest.mark.parametrize("image", [np.uint16, Image.fromarray, torch.from_numpy], ids=["array", "PIL", "tensor"])
+def test_twelve_of_sixteen_bits_are_said(image):
+    with pytest.warns(UserWarning, match="no value above 4095: of 65535, that is nearly black"):
+        assert to_grey(image(np.full((4, 4), 4095, np.uint16))).max() == 16
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        to_grey(image(np.full((4, 4), 4096, np.uint16)))
+        to_grey(image(np.zeros((4, 4), np.uint16)))
+
+
+@pytest.mark.parametrize("mode, source", [("La", "LA"), ("LAB", "LAB")])
+def test_a_mode_without_grey_is_named(mode, source):
+    image = Image.new(source, (4, 4)).convert(mode)
+    with pytest.raises(ValueError, match=f"image of mode {mode} has no grey: convert it to L or RGB first"):
+        to_grey(image)
 
 
 @pytest.mark.parametrize("channels", [None, 1, 3, 4])

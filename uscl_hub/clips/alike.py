@@ -9,7 +9,6 @@ Measured as here (the median correlation of neighbours' thumbnails) on public da
 Those of BUSI and DL_Track differ in size, so that they are separate images whatever they look like.
 """
 
-import warnings
 from pathlib import Path
 from typing import Sequence
 
@@ -18,6 +17,7 @@ from PIL import Image
 
 from uscl_hub.clips.clip import check_pixels
 from uscl_hub.clips.image import has_frames, open_image
+from uscl_hub.clips.quiet import quiet
 
 ALIKE = 0.75  # the median correlation from which neighbours are frames of one clip
 _PAIRS = 8  # looked at, evenly spread
@@ -50,8 +50,7 @@ def likeness(files: Sequence[Path]) -> float:
 
 
 def _thumbnail(path: Path) -> np.ndarray:
-    with warnings.catch_warnings(), open_image(path) as image:
-        warnings.simplefilter("ignore")
+    with quiet(), open_image(path) as image:
         check_pixels(path, *image.size)
         image.draft("L", (2 * _THUMBNAIL, 2 * _THUMBNAIL))  # a jpg is decoded at an eighth of its size
         grey = image if image.mode.startswith(("I", "F")) else image.convert("L")

@@ -5,12 +5,9 @@ hold for what is in the file, not for what its tags say.
 """
 
 import io
-import logging
 import math
 import os
-import warnings
 import zlib
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterator
@@ -21,6 +18,7 @@ from uscl_hub.clips import memory
 from uscl_hub.clips.clip import MAX_BYTES, MAX_FRAMES, Clip, UnreadableClip, check_pixels, opened
 from uscl_hub.clips.dicom_display import dicom_grey, shown_in_full, used_range, uses_window
 from uscl_hub.clips.dicom_pixels import PixelData
+from uscl_hub.clips.quiet import quiet
 from uscl_hub.clips.video import stream_frames
 
 _HEADER_BYTES = 256 * 2**20  # read of a file before its pixels
@@ -42,19 +40,6 @@ class _Timing:
         return index / self.fps if self.fps else None
 
 
-@contextmanager
-def _quiet_pydicom():
-    """Its warnings and log lines quote tag values."""
-    logger = logging.getLogger("pydicom")
-    disabled, logger.disabled = logger.disabled, True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.disabled = disabled
-
-
 def dicom_frames(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, float | None, float | None]]:
     """Every `stride`-th frame as it would be displayed, frames per second, seconds since the first frame."""
     try:
@@ -63,7 +48,7 @@ def dicom_frames(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, fl
         raise ImportError("reading DICOM needs pydicom: pip install 'uscl-hub[media]'") from error
     path = clip.files[0]
     with opened(path) as file:
-        with _quiet_pydicom():
+        with quiet():
             file, data = _header(file, path)
             try:
                 if file.tell() >= _size(file):
@@ -89,7 +74,7 @@ def dicom_frames(clip: Clip, stride: int, note) -> Iterator[tuple[np.ndarray, fl
 
 def _frames(pixels: PixelData, data, claimed: int, stride: int, note, timing: _Timing):
     path, syntax = pixels.path, pixels.syntax
-    with _quiet_pydicom():
+    with quiet():
         try:
             count, usable = pixels.count(claimed), uses_window(data)
         except UnreadableClip:
@@ -104,7 +89,7 @@ def _frames(pixels: PixelData, data, claimed: int, stride: int, note, timing: _T
         note("its window or rescale values cannot be used: shown without them")
     used = _used(pixels, data, count, note)
     for index in range(0, count, stride):
-        with _quiet_pydicom():
+        with quiet():
             try:
                 grey = dicom_grey(pixels.frame(index), data, index, used)
             except UnreadableClip:
@@ -116,7 +101,7 @@ def _frames(pixels: PixelData, data, claimed: int, stride: int, note, timing: _T
 
 def _used(pixels: PixelData, data, count: int, note) -> tuple[int, int] | None:
     """Black and white of all frames, or None: by the bits that are stored. They are decoded once more for it."""
-    with _quiet_pydicom():
+    with quiet():
         try:
             if not shown_in_full(data):
                 return None

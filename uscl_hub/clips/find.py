@@ -90,7 +90,7 @@ def find_clips(
     # outer folders first, single files last: what is given twice is found once
     for root in sorted(named, key=lambda root: (not root.is_dir(), len(os.path.realpath(root)), str(root))):
         folder = folders[root]
-        listing = _walk(root, seen) if root.is_dir() else [(folder, [root.name])]
+        listing = walk(root, seen) if root.is_dir() else [(folder, [root.name])]
         for parent, files in listing:
             here = os.path.realpath(parent)
             for clip in _clips_of_folder(parent, files, folder, names[folder], frames, report):
@@ -122,7 +122,7 @@ def _source_names(folders: set[Path]) -> dict[Path, str]:
     return names
 
 
-def _walk(root: Path, seen: set[str]) -> Iterator[tuple[Path, list[str] | None]]:
+def walk(root: Path, seen: set[str]) -> Iterator[tuple[Path, list[str] | None]]:
     """Folders and the files in them, None for a folder that cannot be listed. seen: real paths of what was listed."""
     closed = []
     for parent, folders, files in os.walk(root, followlinks=True, onerror=lambda error: closed.append(error.filename)):

@@ -1,6 +1,5 @@
 """Frames of pictures, by Pillow: one image, an animation or pages, or a folder of numbered files."""
 
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
@@ -19,7 +18,10 @@ from uscl_hub.clips.clip import (
     opened,
     reason_of,
 )
+from uscl_hub.clips.quiet import quiet
 from uscl_hub.preprocess import to_grey
+
+ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 
 
 @contextmanager
@@ -31,8 +33,7 @@ def open_image(path: Path, formats=None) -> Iterator[Image.Image]:
     formats = formats or PICTURE_FORMATS.get(extension_of(path), ())
     with opened(path) as file:  # by a name, Pillow maps files into memory, and turned ones (EXIF) wrongly
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's own bomb warning: our limit is lower
+            with quiet():  # Pillow's own bomb warning: our limit is lower
                 image = Image.open(file, formats=formats)
         except Image.DecompressionBombError as error:
             limit = f"{MAX_PIXELS / 1e6:.1f} million a frame"
@@ -109,11 +110,13 @@ def _pages(path: Path, top: int, note, first: bool = False):
 
 
 def _grey(image: Image.Image, top: int) -> np.ndarray:
-    if image.getexif().get(0x0112, 1) != 1:  # the orientation
+    if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    if top == 65535:
-        return to_grey(image)
-    return np.rint(np.array(image).clip(0, top) * (255 / top)).astype(np.uint8)
+    if image.mode.startswith("I"):
+        array = np.array(image)
+        if array.min() >= 0 and array.max() <= 65535:
+            return np.rint(array.clip(0, top) * (255 / top)).astype(np.uint8)
+    return to_grey(image)
 
 
 def _top(files, note) -> int:

@@ -1,4 +1,5 @@
-"""What must hold across all labelled files. Headers are read, and files of equal size; nothing is decoded."""
+"""What must hold across all labelled files. Headers are read, and files of equal size; of images that have masks, png
+files are decoded, as their EXIF may come last."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -8,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from uscl_hub.clips import content_hash
+from uscl_hub.clips.image import ORIENTATION
 from uscl_hub.labels.groups import few_groups
 from uscl_hub.labels.items import Item, LabelError, Labels
 
@@ -32,13 +34,13 @@ def checked(found: Labels) -> Labels:
 
 
 def _check_masks(found: Labels) -> list[str]:
-    """By the headers alone. -> notes."""
+    """Of the pixels' number and orientation. -> notes."""
     close: list[str] = []
     wrong: list[str] = []
     for item in found.items:
         if item.masks and item.kind not in ("image", "dicom"):
             raise LabelError(f"{item.path}: a {item.kind} has a mask; masks are understood for single images only")
-        own = _size(item.path) if item.kind == "image" else None
+        own = _size(item.path, upright=bool(item.masks)) if item.kind == "image" else None
         for file in item.masks:
             size = _size(file)
             if own and size != own:
@@ -54,12 +56,16 @@ def is_close(size: tuple[int, ...], other: tuple[int, ...]) -> bool:
     return all(abs(a - b) <= 2 for a, b in zip(size, other))
 
 
-def _size(path: Path) -> tuple[int, int]:
+def _size(path: Path, upright: bool = False) -> tuple[int, int]:
+    """upright: whether an image that is shown turned is refused."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            return image.size
+            size, turned = image.size, upright and image.getexif().get(ORIENTATION, 1) != 1
     except Exception as error:  # noqa: BLE001 - Pillow's parsers raise nearly anything
         raise LabelError(f"{path}: is not an image that can be read ({type(error).__name__})") from error
+    if turned:
+        raise LabelError(f"{path}: it is shown turned, by its EXIF, and its mask is not. Save it upright, without EXIF")
+    return size
 
 
 def check_splits(found: Labels):

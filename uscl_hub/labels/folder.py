@@ -8,7 +8,7 @@ import numpy as np
 
 from uscl_hub.clips import find_clips
 from uscl_hub.clips.clip import IMAGE
-from uscl_hub.clips.find import MASK_FOLDERS, OF_A_MASK
+from uscl_hub.clips.find import MASK_FOLDERS, OF_A_MASK, walk
 from uscl_hub.labels.items import Item, LabelError, Labels
 
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -52,7 +52,7 @@ def _images_with_masks(root: Path, base: Path, frames: str) -> list[Item]:
         raise LabelError(str(error)) from None
     masks = masks_below(root)
     owned = {file for files in masks.values() for file in files}
-    resolved = cache(Path.resolve)  # a folder holds many files
+    resolved = cache(Path.resolve)
     items = []
     for clip in clips:
         file = resolved(clip.files[0].parent) / clip.files[0].name  # as `masks_below` has it
@@ -65,12 +65,17 @@ def _images_with_masks(root: Path, base: Path, frames: str) -> list[Item]:
 
 
 def masks_below(root: Path) -> dict[Path, list[Path]]:
-    """Image without its extension -> its masks: x_mask.png, x_mask_1.png beside it, or masks/x.png beside images/."""
+    """Image without its extension -> its masks: x_mask.png, x_mask_1.png beside it, or masks/x.png beside images/.
+
+    Linked folders are followed, once; folders are spelled without links, files by their own names.
+    """
     root = root.resolve()
     if root.name == "images" and (root.parent / "masks").is_dir():
         root = root.parent
     found = defaultdict(list)
-    for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE and p.is_file()):
+    resolved = cache(Path.resolve)  # a folder holds many files
+    files = (parent / name for parent, names in walk(root, set()) for name in names or () if not name.startswith("."))
+    for path in sorted(p for p in files if p.suffix.lower() in IMAGE and p.is_file()):
         match = OF_A_MASK.fullmatch(path.stem)
         parts = path.relative_to(root).parent.parts
         i = next((i for i, name in enumerate(parts) if name in MASK_FOLDERS), None)
@@ -81,7 +86,7 @@ def masks_below(root: Path) -> dict[Path, list[Path]]:
             folder = path.parent
         else:
             continue
-        found[folder / (match[1] if match else path.stem)].append(path)
+        found[resolved(folder) / (match[1] if match else path.stem)].append(resolved(path.parent) / path.name)
     return found
 
 

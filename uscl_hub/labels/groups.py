@@ -1,6 +1,5 @@
 """Groups that must not be split: those that are given (patients), else clusters of images that are nearly the same."""
 
-import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -59,8 +58,7 @@ def cluster(found: Labels) -> Labels:
     """
     if found.groups_known or all(item.group for item in found.items):
         return found
-    # decoders and resizing release the GIL; the filters of warnings are not safe in threads, so they are put back after
-    with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(4) as pool:  # decoders and resizing release the GIL
         first = list(pool.map(_first_frame, found.items))
     if bad := [str(result) for result in first if isinstance(result, UnreadableClip)]:
         raise LabelError(f"{len(bad)} file(s) cannot be read, the first: {bad[0]}. Repair them or leave them out")

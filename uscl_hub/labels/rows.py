@@ -89,6 +89,18 @@ def _not_empty(path: Path, rows: list) -> list:
     return rows
 
 
+def as_number(text: str) -> float | None:
+    """The number that a text is, or None. Python's own digits with _ between them are a text.
+
+    >>> as_number("1e3"), as_number("1_2"), as_number("")
+    (1000.0, None, None)
+    """
+    try:
+        return None if "_" in text else float(text)
+    except ValueError:
+        return None
+
+
 def as_id(path: str) -> str:
     """A path in a table as clip ids are spelled."""
     return unicodedata.normalize("NFC", path.replace("\\", "/").strip("/"))

@@ -10,8 +10,9 @@ from uscl_hub.clips import Clip, find_clips
 from uscl_hub.files import existing
 from uscl_hub.labels.folder import segmentation
 from uscl_hub.labels.items import Item, LabelError, Labels
-from uscl_hub.labels.rows import read_rows
+from uscl_hub.labels.rows import as_number, read_rows
 
+ABSENT = ("", "nan", "null", "na", "n/a")  # what programs write for a value that is not there
 RESERVED = ("path", "group", "split", "mask")
 
 
@@ -87,11 +88,19 @@ def _existing(folder: Path, name: str) -> Path | None:
 def _targets(path: Path, rows: list[dict[str, str]], names: tuple[str, ...], task: str | None):
     """-> (task, classes, targets, notes)."""
     for name in names:
-        for number, row in enumerate(rows, start=2):
-            value = row[name]
-            if value.lower() in ("", "nan", "none", "null", "na", "n/a") or _infinite(value):
+        values = [row[name] for row in rows]
+        for number, value in enumerate(values, start=2):
+            if value.lower() in ABSENT:
                 shown = value or "empty"
                 raise LabelError(f"{path}: row {number}: {name!r} is {shown}. Fill it in, or leave the row out")
+        if task == "classification" or not any(_number(value) is not None for value in values):
+            continue  # 'none' and 'inf' may be classes
+        for number, value in enumerate(values, start=2):
+            if value.lower() == "none" or _infinite(value):
+                raise LabelError(
+                    f"{path}: row {number}: {name!r} is {value}, among numbers. Fill it in, leave the row out, or, "
+                    "if it is a class, say task='classification' (--task classification)"
+                )
     numbers = _numbers(rows, names)
     notes = []
     if task is None:
@@ -139,18 +148,13 @@ def _natural(text: str):
 
 
 def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+    value = as_number(text)
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _infinite(text: str) -> bool:
-    try:
-        return not math.isfinite(float(text))
-    except ValueError:
-        return False
+    value = as_number(text)
+    return value is not None and not math.isfinite(value)
 
 
 def _numbers(rows, names) -> np.ndarray | None:

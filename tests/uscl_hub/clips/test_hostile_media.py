@@ -3,11 +3,14 @@ anywhere."""
 
 import io
 import json
+import logging
 import os
 import pickle
 import struct
 import sys
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -29,6 +32,7 @@ from training.evaluation.features import to_input
 from uscl_hub.cli import main
 from uscl_hub.clips import Clip, UnreadableClip, find_clips
 from uscl_hub.clips.decode import decode
+from uscl_hub.clips.quiet import quiet
 from uscl_hub.clips.read import read_clip
 from uscl_hub.features.embed import embed
 
@@ -142,9 +146,23 @@ def test_truncated_video(tmp_path):
         decode(one(path))
 
 
-def _readable(path):
-    import warnings
+def test_silence_ends_whatever_the_order_of_threads(tmp_path):
+    """DICOM is read in silence; two that overlap must not leave the process silent."""
+    logger, filters = logging.getLogger("pydicom"), list(warnings.filters)
+    first, second = quiet(), quiet()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert logger.disabled  # the other one still reads
+    second.__exit__(None, None, None)
+    assert not logger.disabled and warnings.filters == filters
+    files = [one(dicom(tmp_path / f"{i}.dcm", movie(4))) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode, files * 4))
+    assert not logger.disabled and warnings.filters == filters
 
+
+def _readable(path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
