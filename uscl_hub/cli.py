@@ -357,7 +357,7 @@ COMMANDS = {
     "export": (
         _export,
         _export_arguments,
-        "Write a backbone, without its classifier, for deployment, and check it against PyTorch.",
+        "Write a backbone without its classifier for deployment, checked against PyTorch; with it: finetune.py --onnx.",
     ),
 }
 

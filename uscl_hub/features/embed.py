@@ -50,8 +50,9 @@ def embed(
     """Write the features of all clips below the inputs (files and folders) to a Parquet file.
 
     Clips that the file, or an interrupted run's `<output>.partial` folder, already holds are not computed
-    again; that needs the same model and settings. Rows of clips that are not among the inputs stay. The file appears, whole, at the end. Started by torchrun, each of its
-    processes takes its share of the clips, and all return the report.
+    again; that needs the same model and settings. Rows of clips that are not among the inputs stay. The file appears,
+    whole, at the end. Started by torchrun, each of its processes takes its share of the clips, and all return the
+    report.
 
     Args:
         name, checkpoint, revision: the backbone, see `load_meta_uscl_backbone`.
