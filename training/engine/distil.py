@@ -21,7 +21,8 @@ from training.method.step import Step
 from uscl_hub.errors import UserError
 
 FIT = 4096  # crops that the projection of the targets is fitted on
-CHUNK = 256  # crops that the teachers see at once
+CHUNK = 256  # crops that are made at once
+CPU_BATCH = 32  # of them, so many pass the teachers at once on a CPU: its caches hold no more
 CELLS = 4  # places a side of the feature maps that are targets
 ROUNDS, PASSES, FITTING, VALIDATION = range(4)  # random streams
 ON_DEVICE = 8 << 30  # bytes of frames that are kept on a GPU
@@ -150,11 +151,12 @@ class Distillation:
     def _teach(self, frames, parameters):
         """uint8 frames (B, S, S) -> the student's crops, the teachers' features and maps of the same crops."""
         seen = crops.make(frames, parameters, self.config.distil.size)
-        fast = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
-        with fast:
-            pooled, maps = self.teachers(seen, CELLS)
+        gpu = self.device.type == "cuda"
+        with torch.autocast("cuda", torch.bfloat16) if gpu else contextlib.nullcontext():
+            pooled, maps = zip(*(self.teachers(part, CELLS) for part in seen.split(CHUNK if gpu else CPU_BATCH)))
         student = normalise(crops.smaller(seen, self.config.model.size)).expand(-1, self.channels, -1, -1)
-        return student.contiguous(memory_format=torch.channels_last), pooled, maps
+        student = student.contiguous(memory_format=torch.channels_last)
+        return student, torch.cat(pooled), None if maps[0] is None else torch.cat(maps)
 
     def _draw(self, key, count, rows=None, shares=None):
         """Frames (on the device) and parameters of `count` crops."""
