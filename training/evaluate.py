@@ -198,6 +198,8 @@ def load_tasks(config: EvaluateConfig) -> list[Task]:
         for name in config.tasks
     ]
     for task in loaded:
+        if task.kind == "segmentation" and config.crop != "none":
+            raise EvaluationError(f"crop: masks of {task.name} are of the whole image; leave --crop at 'none'")
         check_excluded(task, config.max_excluded)
         for note in task.notes if task.name == own.NAME else ():
             say(f"{task.title}: {note}")

@@ -15,10 +15,12 @@ import torch
 from PIL import Image
 
 from training import finetune
+from training.evaluation import leaks, own
 from training.evaluation.backbones import load_backbone
+from training.evaluation.folds import task_folds
 from training.tuning import export, labels, network, problem, run, scores, search
 from training.tuning.plan import Plan
-from training.tuning.recipes import Recipe, freeze
+from training.tuning.recipes import Recipe, freeze, recipes
 from uscl_hub import create_transform
 from uscl_hub.errors import UserError
 from uscl_hub.labels import LabelError
@@ -307,8 +309,10 @@ def test_calibration_counts_classes_alike(folder):
     both = np.stack([1 - said, said], axis=1)
     got = scores.estimates(described, targets, both, np.arange(2200))
     assert got[scores.CALIBRATION].value < 0.05
-    plain = replace(described, weights=np.ones(2, np.float32))
-    assert scores.estimates(plain, targets, both, np.arange(2200))[scores.CALIBRATION].value > 0.1
+    _, mean, share = scores.reliability(targets == 1, said, np.ones(2200)).T
+    assert np.nanmax(np.abs(mean - share)) > 0.1  # counted by items, it is one
+    other = replace(described, weights=np.ones(2, np.float32))  # a training of other shares is of no account
+    assert scores.estimates(other, targets, both, np.arange(2200))[scores.CALIBRATION].value < 0.05
 
 
 @pytest.mark.parametrize(
@@ -427,6 +431,99 @@ def test_the_released_lite0_is_tuned_as_itself(folder, tiny_export, tmp_path):
         maps = setting.backbone.model.forward_intermediates(x, intermediates_only=True)
         for ours, theirs in zip(unet.encoder(x), maps, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+def test_the_export_is_known_by_what_it_and_its_start_have_seen(folder, tiny_export, tmp_path):
+    setting = setting_of(folder / "classes", tiny_export, tmp_path)
+    start = {"groups": ["p7"], "clips": ["a" * 64], "files": ["b" * 64], "method": "simclr"}
+    setting.backbone.provenance = {**start, "parents": [{"name": "older", "licence": "MIT", "groups": ["p8"]}]}
+    model = network.build(setting.backbone, setting.problem).eval()
+    result = {"items": 24, "recipe": "", "temperature": 1.0, "scores": {}, "honesty": "", "imbalance": ""}
+    written = export.write(tmp_path / "export", model, setting, result)
+    mine = load_backbone(f"mine={written}")
+    seen = own.load_own(own.OwnData(str(folder / "classes")))  # no column of patients: by the files' content
+    assert len(leaks.find_leaks(mine, seen)) == len(set(seen.groups))
+    assert not leaks.find_leaks(mine, own.load_own(own.OwnData(str(folder / "test"))))
+    for group in ("p7", "p8"):
+        item = replace(seen.items[0], id="x.png", path=folder / "test/large/0.png", group=group)
+        assert leaks.find_leaks(mine, replace(seen, items=[item])) == [group]
+
+
+def test_a_test_of_more_classes_or_beside_a_split_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load_backbone", lambda *a: pytest.fail("the labels come first"))
+    more = shutil.copytree(folder / "test", tmp_path / "more")
+    shutil.copytree(more / "small", more / "tiny")
+    for i in range(1, 24, 2):  # other files
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 40), np.uint8)).save(more / "tiny" / f"{i}.png")
+    names = ("large", "small")
+    rows = [f"{folder}/classes/{names[i % 2]}/{i}.png,{names[i % 2]},{'test' * (i > 15)}" for i in range(24)]
+    (tmp_path / "labels.csv").write_text("path,label,split\n" + "\n".join(rows), encoding="utf-8")
+    for data, test, message in (
+        (folder / "classes", more, "has large, small, tiny, --data has large, small. Name the same ones"),
+        (tmp_path / "labels.csv", folder / "test", "has rows of the split 'test', and --test names another test set"),
+    ):
+        with pytest.raises(LabelError, match=message):
+            run.run(run.FinetuneConfig(str(data), str(tmp_path / "out"), test=str(test)))
+    chosen = run.FinetuneConfig(
+        str(folder / "classes"), str(tmp_path / "out"), test=str(more), classes=("large", "small")
+    )
+    with pytest.raises(pytest.fail.Exception, match="the labels come first"):  # they are right
+        run.run(chosen)
+
+
+def test_a_test_that_cannot_be_read_is_known_before_anything_is_trained(folder, tiny_export, tmp_path, monkeypatch):
+    broken = shutil.copytree(folder / "test", tmp_path / "test")
+    whole = (broken / "large/0.png").read_bytes()
+    (broken / "large/0.png").write_bytes(whole[: len(whole) // 2])
+    names = [f"{n}/{i}.png,{n},q{i}" for i in range(24) for n in [("large", "small")[i % 2]]]
+    (broken / "labels.csv").write_text("path,label,group\n" + "\n".join(names), encoding="utf-8")
+    monkeypatch.setattr(search, "try_all", lambda *a: pytest.fail("the test comes first"))
+    with pytest.raises(UserError, match="0.png"):
+        run.run(settings(folder / "classes", tiny_export, tmp_path / "out", test=str(broken / "labels.csv")))
+
+
+def test_onnx_that_cannot_be_written_is_known_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match="--onnx needs onnx, onnxscript and onnxruntime"):
+        run.run(run.FinetuneConfig(str(tmp_path / "nothing"), onnx=True))
+
+
+def test_a_training_that_diverges_is_left_out(folder, tiny_export, tmp_path, monkeypatch):
+    shorten(monkeypatch)
+    setting = setting_of(folder / "classes", tiny_export, tmp_path)
+    folds = search.split(setting.found, 2, 0)
+
+    def train(setting, recipe, *more, original=network.train):
+        if recipe.name == gone:
+            raise network.Diverged(f"{recipe.name}: the loss became nan: left out")
+        return original(setting, recipe, *more)
+
+    names = [recipe.name for recipe in recipes("classification") if recipe.epochs]
+    gone = names[0]
+    monkeypatch.setattr(network, "train", train)
+    plan = Plan(tmp_path / "plan.json", "k", 5)
+    tried = search.try_all([setting], folds, plan, tmp_path / "cache", lambda text: None)
+    assert [t.recipe.name for t in tried][1:] == names[1:]
+    again = Plan(tmp_path / "plan.json", "k", 5).decisions[f"tiny, {gone}"]
+    assert again["epochs"] == 0 and again["why"].endswith("the loss became nan: left out")
+
+
+def test_a_followed_plan_does_not_decide_anew_with_more_minutes(tmp_path):
+    decisions = {"a": {"epochs": 2, "last": 1.0}, "b": {"epochs": 0, "last": 0.0, "why": "no time"}}
+    content = {"key": "k", "minutes": 5, "decisions": decisions, "spent": {}}
+    for name in ("other.json", "mine.json"):
+        (tmp_path / name).write_text(json.dumps(content))
+    plan = Plan(tmp_path / "mine.json", "k", 9, tmp_path / "other.json")
+    assert plan.decide("b", {"b": {}}) == decisions["b"]
+
+
+def test_a_small_regression_has_folds(folder):
+    found = labels.read(folder / "numbers.csv")
+    few = found.subset(np.arange(6))
+    assert np.bincount(search.split(few, 3, 0)).sum() == 6
+    task = own.load_own(own.OwnData(str(folder / "numbers.csv")))
+    task.items = [replace(item, group=item.id) for item in task.items[:15]]
+    assert np.bincount(task_folds(task, 5, 0)).tolist() == [3] * 5
 
 
 def test_a_backbone_pretrained_on_the_data_is_told(folder, tiny_export):

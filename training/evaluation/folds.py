@@ -20,10 +20,13 @@ def task_folds(task: Task, folds: int, seed: int) -> np.ndarray:
             f"{task.title}: {groups} group(s) are too few for {folds} folds; use fewer --folds or more data"
         )
     assigned = np.full(len(task.items), -1)
+    strata = task.strata
+    if np.bincount(strata).max() < folds:  # too few of each to spread
+        strata = np.zeros(len(strata), int)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # few items in a fifth: the folds are merely less alike
-        for fold, (_, test) in enumerate(splitter.split(task.strata, task.strata, task.groups)):
+        for fold, (_, test) in enumerate(splitter.split(strata, strata, task.groups)):
             assigned[test] = fold
     return assigned
 

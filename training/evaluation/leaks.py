@@ -53,7 +53,7 @@ def brief(provenance: dict | None) -> dict:
 
 
 def find_leaks(backbone, task: Task) -> list[str]:
-    """Groups of the task that the backbone was pretrained on: by group id (or its fingerprint) or a file's content.
+    """Tested groups that the backbone was pretrained on: by group id (or its fingerprint) or a file's content.
 
     A group is known as the task names it ('covid_blues/patient_7'), by its aliases ('patient_7') and by the names that
     uscl_hub.clips.find_clips gives its files; a file also as one of a numbered series.
@@ -64,7 +64,7 @@ def find_leaks(backbone, task: Task) -> list[str]:
         contents |= {*(known.get("clips") or ()), *(known.get("files") or ())}
     leaks = {}
     series = _series(task) if contents else {}
-    for item in task.items:
+    for item in task.tested:
         names = {item.group, *item.aliases, item.id, _series_name(item)}
         if groups & (names | set(map(fingerprint, names))):
             leaks[item.group] = None
@@ -76,9 +76,10 @@ def find_leaks(backbone, task: Task) -> list[str]:
 def refuse_leaks(backbone, task: Task):
     """Raises LeakError if the backbone was pretrained on any of the task's groups."""
     if leaks := find_leaks(backbone, task):
+        tested = len({item.group for item in task.tested})
         raise LeakError(
-            f"{backbone.name} was pretrained on {len(leaks)} of the {len(set(task.groups))} groups that "
-            f"{task.title} tests ({', '.join(leaks[:5])}{', ...' if len(leaks) > 5 else ''}): its result "
+            f"{backbone.name} was pretrained on {len(leaks)} of the {tested} groups that {task.title} tests "
+            f"({', '.join(leaks[:5])}{', ...' if len(leaks) > 5 else ''}): its result "
             f"would mean nothing. Pretrain without them, or leave {task.name!r} out of --tasks, or pass "
             "--leaks skip to leave out just this pair and say so in the report. If these are other patients of the "
             "same names, name their groups otherwise"
@@ -127,11 +128,12 @@ class LookAlike:
 
 
 def find_near(backbone, task: Task, cache: Path) -> list[LookAlike]:
-    """The closest pair of every item of the task that looks like a clip of the pretraining, closest first.
+    """The closest pair of every tested item that looks like a clip of the pretraining, closest first.
 
     Backbones whose provenance has no hashes of frames give none. Raises EvaluationError for damaged ones.
     """
     closest: dict[str, LookAlike] = {}
+    tested = {item.id for item in task.tested}
     for clips, hashes, settings in _hashed(backbone):
         item, images, own = _hashed_items(task, cache, settings)
         for start in range(0, len(own), 4096):
@@ -139,6 +141,8 @@ def find_near(backbone, task: Task, cache: Path) -> list[LookAlike]:
             distance = (part.shape[1] - part @ hashes.T) / 2
             for i in np.flatnonzero(distance.min(1) <= ALIKE):
                 best, name = int(distance[i].argmin()), task.items[item[start + i]].id
+                if name not in tested:
+                    continue
                 pair = LookAlike(name, clips[best], int(distance[i, best]), images[start + i])
                 if name not in closest or pair.bits < closest[name].bits:
                     closest[name] = pair

@@ -72,6 +72,11 @@ class Task:
         return len(self.items) + len(self.excluded)
 
     @property
+    def tested(self) -> list[Item]:
+        """The items but those that an external test only learns from."""
+        return [item for item in self.items if not self.external or item.id in self.external]
+
+    @property
     def labels(self) -> np.ndarray:  # int (items,), an index into classes
         return np.array([self.classes.index(item.label) for item in self.items])
 
@@ -107,6 +112,6 @@ def check_excluded(task: Task, max_excluded: float):
             f"{task.title}: {len(task.excluded)} of {task.found} files cannot be used, more than "
             f"--max-excluded {max_excluded:g} allows; repair them or raise it. The first: {listing}"
         )
-    tested = {item.group for item in task.items if not task.external or item.id in task.external}
+    tested = {item.group for item in task.tested}
     if len(tested) < 2:
         raise TaskError(f"{task.title}: its test has files of {len(tested)} group(s); an interval needs two groups")

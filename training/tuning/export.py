@@ -8,12 +8,14 @@ import torch
 
 from training.engine.export import code_version, fingerprint
 from training.evaluation.backbones import Backbone
+from training.evaluation.leaks import LONG
 from training.messages import markdown
 from training.tuning.network import Setting, plain
 from uscl_hub.checkpoints import WEIGHTS_NAME, replace_folder
+from uscl_hub.clips import content_hash
 from uscl_hub.deploy import forget_paths
 from uscl_hub.errors import UserError
-from uscl_hub.files import write_whole
+from uscl_hub.files import sha256, write_whole
 from uscl_hub.unet import UNet
 
 ONNX_NAME = "model.onnx"
@@ -58,6 +60,8 @@ def _config(setting: Setting, model: torch.nn.Module, result: dict, digest: str)
         "label_names": list(problem.names),
         **result,
         "groups": [fingerprint(str(group)) for group in sorted(set(setting.found.groups))],
+        "clips": sorted({content_hash(item.clip) for item in setting.found.items}),
+        "files": sorted({sha256(f) for item in setting.found.items if item.kind == "frames" for f in item.clip.files}),
         "data_sha256": setting.found.sha(),
         "parents": [parent(backbone)],
         "code": code_version(),
@@ -89,7 +93,7 @@ def _channels(value) -> list[float]:
 
 
 def parent(backbone: Backbone) -> dict:
-    """What the model was made from, and under which licences: the backbone, its data and its own parents."""
+    """What the model was made from, and under which licences: the backbone, what it has seen, and its own parents."""
     known = backbone.provenance or {}
     cfg = backbone.model.pretrained_cfg
     sources = [{k: s.get(k) for k in ("name", "licence")} for s in known.get("sources") or ()]
@@ -104,6 +108,7 @@ def parent(backbone: Backbone) -> dict:
         "licence": "none (random weights)" if random else known.get("licence") or cfg.get("license"),
         "sources": sources,
         "parents": known.get("parents") or [],
+        **{key: known[key] for key in LONG if key in known},
     }
 
 
@@ -134,17 +139,24 @@ def check(folder: Path, model: torch.nn.Module, setting: Setting) -> None:
             raise UserError(f"{folder}: loaded again, the model gives other numbers; please report this")
 
 
+def check_onnx():
+    """onnxruntime. Raises UserError if it or another package that ONNX needs is missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch.onnx needs it)
+    except ImportError as error:
+        raise UserError("--onnx needs onnx, onnxscript and onnxruntime: pip install 'uscl-hub[export]'") from error
+    return onnxruntime
+
+
 def write_onnx(folder: Path, model: torch.nn.Module, px: int) -> float:
     """model.onnx with a dynamic batch, input 'image' (batch, 3, px, px), output 'logits'.
 
     Returns the largest difference from PyTorch. Raises UserError if it is above TOLERANCE of the largest logit, or a
     package is missing.
     """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  (torch.onnx needs it)
-    except ImportError as error:
-        raise UserError("--onnx needs onnx, onnxscript and onnxruntime: pip install 'uscl-hub[export]'") from error
+    onnxruntime = check_onnx()
     x = torch.randn(3, 3, px, px, generator=torch.Generator().manual_seed(0))
     difference = 0.0
 

@@ -57,6 +57,10 @@ def plain(backbone: Backbone) -> str:
     return plain_name(backbone.architecture)
 
 
+class Diverged(UserError):
+    """A training whose loss is no number any more."""
+
+
 def train(setting: Setting, recipe: Recipe, items: np.ndarray, epochs: int, check: Callable = None) -> nn.Module:
     """Train on the frames of `items`.
 
@@ -66,7 +70,7 @@ def train(setting: Setting, recipe: Recipe, items: np.ndarray, epochs: int, chec
         check: called with (epochs done, model in eval mode) after every epoch.
 
     Returns:
-        The model in eval mode. Raises UserError if the loss is not finite.
+        The model in eval mode. Raises Diverged if the loss is not finite.
     """
     problem, device = setting.problem, setting.device
     with _seeded(setting.seed, device), FastWeightGradients():
@@ -84,9 +88,7 @@ def train(setting: Setting, recipe: Recipe, items: np.ndarray, epochs: int, chec
                 loss = _step(model, setting, index, optimizer, scaler)
                 step += 1
             if not torch.isfinite(loss):
-                raise UserError(
-                    f"{setting.backbone.name}, {recipe.name}: the loss became {float(loss)}; leave this backbone out"
-                )
+                raise Diverged(f"{setting.backbone.name}, {recipe.name}: the loss became {float(loss)}: left out")
             model.eval()
             if check:
                 check(epoch + 1, model)

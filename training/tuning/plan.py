@@ -32,7 +32,7 @@ class Plan:
         if path.exists():
             saved = self._read(path)
             self.decisions, self.spent = saved["decisions"], saved["spent"]
-            if minutes > saved["minutes"]:  # what was left out may fit now
+            if minutes > saved["minutes"] and not self.follows:  # what was left out may fit now
                 self.decisions = {name: d for name, d in self.decisions.items() if d["epochs"]}
 
     def _read(self, path: Path) -> dict:
@@ -115,6 +115,11 @@ class Plan:
         own |= {"epochs": fewer[0] if fewer else 0, "seconds": round(anew * share, 1), "why": why}
         own["last"] = round(own["last"] * share, 1)
         return True
+
+    def give_up(self, name: str, why: str) -> None:
+        """Leave a training out that has begun."""
+        self.decisions[name] |= {"epochs": 0, "seconds": 0.0, "last": 0.0, "why": why}
+        self.write()
 
     def spend(self, name: str, seconds: float) -> None:
         """Note what was used; a part that was interrupted and goes on adds up."""

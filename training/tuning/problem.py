@@ -54,16 +54,21 @@ class Problem:
 
 def describe(found: Labels) -> Problem:
     """Balanced weights: of a class items / (classes x its items), of a label's positives negatives / positives."""
-    n, k = len(found.targets), len(found.classes)
+    k = len(found.classes)
     weights, mean, std = np.ones(k), np.zeros(k), np.ones(k)
-    if found.task == "classification":
-        weights = n / (k * np.bincount(found.targets, minlength=k).clip(min=1))
-    elif found.task == "multilabel":
-        positive = found.targets.sum(0)
-        weights = (n - positive) / positive.clip(min=1)
+    if found.task in ("classification", "multilabel"):
+        weights = balanced(found.task, found.targets, k)
     elif found.task == "regression":
         mean, std = found.targets.mean(0, dtype=np.float64), found.targets.std(0, dtype=np.float64)
     return Problem(found.task, found.classes, *(v.astype(np.float32) for v in (weights, mean, std)))
+
+
+def balanced(task: str, targets: np.ndarray, outputs: int) -> np.ndarray:
+    """Weights by which the classes of these targets, or a label's positives and negatives, count alike, (outputs,)."""
+    if task == "classification":
+        return len(targets) / (outputs * np.bincount(targets, minlength=outputs).clip(min=1))
+    positive = targets.sum(0)
+    return (len(targets) - positive) / positive.clip(min=1)
 
 
 def pool(values: np.ndarray, item: np.ndarray, items: int) -> np.ndarray:

@@ -53,8 +53,8 @@ class FinetuneConfig:
     test: str = ""
     """Other labelled data, of other patients: the finished model is scored on it once."""
     limit: int = 0
-    """Use only so many of the labelled files, whole groups of all classes alike; 0: all. For learning curves: a smaller
-    number is a part of a larger one."""
+    """Use only so many of the labelled files, group by group, of all classes alike; the last group may be cut; 0: all.
+    For learning curves: a smaller number is a part of a larger one."""
     folds: int = 3
     """Parts without common groups; each is scored by models that were trained on the others."""
     px: int = 0
@@ -83,6 +83,8 @@ def check(config: FinetuneConfig) -> None:
     ):
         if given not in known:
             raise UserError(f"{name}: no {given!r}; choose from {', '.join(known)}")
+    if config.onnx:
+        export.check_onnx()
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: torch sees no CUDA device here; leave --device at 'auto'")
 
@@ -94,6 +96,10 @@ def run(config: FinetuneConfig) -> dict:
     found = labels.read(config.data, config.task, config.columns, config.classes, config.frames)
     found, test = labels.without_test(found)
     if config.test:
+        if test is not None:
+            raise LabelError(
+                f"{config.data}: has rows of the split 'test', and --test names another test set; leave one of them out"
+            )
         test = _test(config, found)
     found = labels.limited(found, config.limit, config.seed)
     folds = search.split(found, config.folds, config.seed)
@@ -102,6 +108,8 @@ def run(config: FinetuneConfig) -> dict:
     for line in (about(found), imbalance(found), *found.notes):
         say(line)
     settings = make_settings(config, found, out / "cache")
+    for px in {setting.pixels.px for setting in settings} if test is not None else ():
+        pixels.load(test, px, config.crop, out / "cache")  # a file that cannot be read is known before the training
     weights = [sum(p.nbytes for p in setting.backbone.model.parameters()) for setting in settings]
     check_room(out, max(weights))
     key = [
@@ -156,10 +164,12 @@ def imbalance(found: Labels) -> str:
 
 def _test(config: FinetuneConfig, found: Labels) -> Labels:
     """--test, of the same classes and of other files and groups."""
-    classes = found.classes if found.task == "classification" else ()
-    test = labels.read(config.test, found.task, config.columns, classes, config.frames)
+    test = labels.read(config.test, found.task, config.columns, config.classes, config.frames)
     if test.classes != found.classes:
-        raise LabelError(f"test: {config.test} has {', '.join(test.classes)}, --data has {', '.join(found.classes)}")
+        raise LabelError(
+            f"test: {config.test} has {', '.join(test.classes)}, --data has {', '.join(found.classes)}. Name the same "
+            "ones, or choose with --classes (or --columns)"
+        )
     labels.check_whole(test, f"test: {config.test}")
     known = {content_hash(item.clip) for item in found.items}
     if same := [item.id for item in test.items if content_hash(item.clip) in known]:
@@ -292,13 +302,15 @@ def text(result: dict) -> str:
         head.append(f"external test, {result['test']['items']} files")
         rows = [[*row, report.estimate(result["test"]["scores"][row[0]])] for row in rows]
     notes = [*result["notes"], *_left_out(result)]
+    fitted = "; out of fold, calibration errors are of the predictions that the temperature was fitted on"
+    calibrated = fitted if scores.CALIBRATION in result["scores"] else ""
     parts = [
         f"# {result['task'].capitalize()}: {', '.join(result['names'])}",
         f"{result['items']} files of {result['groups']} groups. {result['imbalance']}",
         f"Chosen: **{result['chosen']}**. {result['honesty']} Temperature {result['temperature']:.3g}.",
         result["table"],
         table(head, rows),
-        "Values with 95 % intervals over groups. Not a medical device.",
+        f"Values with 95 % intervals over groups{calibrated}. Not a medical device.",
         *(["\n".join(f"- {note}" for note in notes)] if notes else []),
     ]
     return "\n\n".join(parts)

@@ -1,11 +1,13 @@
 """Out-of-fold scores of a task with 95 % intervals over groups, and the one number by which recipes are chosen."""
 
+from dataclasses import replace
+
 import numpy as np
 from sklearn.metrics import r2_score, roc_auc_score
 
 from training.evaluation import intervals, metrics
 from training.evaluation.intervals import Estimate
-from training.tuning.problem import Problem, balance
+from training.tuning.problem import Problem, balance, balanced
 
 CHOSEN_BY = {"classification": "AUROC", "multilabel": "AUROC", "regression": "R2", "segmentation": "Dice"}
 CALIBRATION = "calibration error, classes alike"
@@ -66,6 +68,8 @@ def _calibration(problem: Problem, targets: np.ndarray, scores: np.ndarray, grou
     """Mean distance between probability and share of positives in BINS bins, every class weighing the same."""
     _, group = np.unique(groups, return_inverse=True)
     counts = intervals.draw_groups(group.max() + 1, SLOW_DRAWS, 0)
+    # the weights of the training would not make the classes of other data count alike
+    problem = replace(problem, weights=balanced(problem.task, targets, problem.outputs))
     truth, alike, errors = positive(problem, targets), balance(problem, targets), []
     for weight in np.concatenate([np.ones((1, len(group))), counts[:, group]]):
         bins = [reliability(truth[:, c], scores[:, c], weight * alike[:, c]) for c in shown(problem)]

@@ -54,6 +54,8 @@ def split(found: Labels, folds: int, seed: int) -> np.ndarray:
         strata = np.digitize(first, np.unique(np.quantile(first, [0.25, 0.5, 0.75])))
     else:
         strata = np.zeros(len(groups), int)
+    if np.bincount(strata - strata.min()).max() < folds:  # too few of each to spread
+        strata = np.zeros(len(groups), int)
     assigned = np.zeros(len(groups), int)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     for fold, (_, test) in enumerate(splitter.split(np.zeros(len(groups)), strata, groups)):
@@ -67,9 +69,12 @@ def split(found: Labels, folds: int, seed: int) -> np.ndarray:
 
 
 def try_all(settings: list[Setting], folds: np.ndarray, plan: Plan, cache: Path, say) -> list[Tried]:
-    """Frozen features of every backbone, then trainings, of the most promising backbone first, as the plan allows."""
+    """Frozen features of every backbone, then trainings, of the most promising backbone first, as the plan allows.
+
+    A training that diverges is left out. Raises UserError if nothing is left.
+    """
     first = recipes(settings[0].problem.task)[0]
-    tried = []
+    tried, diverged = [], None
     if not first.epochs:
         for setting in settings:
             tried.append(try_out(setting, first, folds, plan, cache))
@@ -86,11 +91,17 @@ def try_all(settings: list[Setting], folds: np.ndarray, plan: Plan, cache: Path,
         decision, found = plan.decide(name, {n: cost[n] for n in _from(name, waiting) if cost[n]}, not tried), None
         while decision["epochs"] and found is None:
             say(f"{name}: {decision['epochs']} epochs, about {decision['seconds'] / 60:.1f} min ({decision['why']})")
-            found = try_out(setting, replace(recipe, epochs=decision["epochs"]), folds, plan, cache)
+            try:
+                found = try_out(setting, replace(recipe, epochs=decision["epochs"]), folds, plan, cache)
+            except network.Diverged as error:
+                plan.give_up(name, str(error))
+                diverged = error
             decision = plan.decisions[name]
         if found is not None:
             tried.append(found)
         say(summary(found) if found else f"{name}: {decision['why']}")
+    if diverged and not tried:
+        raise diverged
     return tried
 
 
@@ -171,9 +182,16 @@ def fold_logits(
     items = np.flatnonzero(folds != fold)
     assert not set(setting.found.groups[items]) & set(setting.found.groups[folds == fold])
     frames = pixels.frames_of(np.flatnonzero(folds == fold))
-    described = ["tuned", backbone.sha, backbone.mean, backbone.std, pixels.key, asdict(recipe), setting.seed]
-    if setting.problem.task == "segmentation":  # its encoder is made by name
-        described.append(network.plain(backbone))
+    described = [
+        "tuned",
+        backbone.architecture,
+        backbone.sha,
+        backbone.mean,
+        backbone.std,
+        pixels.key,
+        asdict(recipe),
+        setting.seed,
+    ]
 
     def make():
         if not recipe.epochs:
@@ -197,7 +215,7 @@ def fold_logits(
 def frozen_features(setting: Setting, cache: Path) -> np.ndarray:
     """`frozen.mirrored_features` of a frozen backbone, kept in `cache`."""
     backbone = setting.backbone
-    described = ["frozen", backbone.sha, backbone.mean, backbone.std, setting.pixels.key]
+    described = ["frozen", backbone.architecture, backbone.sha, backbone.mean, backbone.std, setting.pixels.key]
     make = partial(frozen.mirrored_features, backbone, setting.pixels, setting.device)
     return cached(cache, described, lambda: {"x": make()})["x"]
 

@@ -64,6 +64,16 @@ def test_another_folder_is_the_test(tmp_path):
     assert any("trained on all 8 files of x, tested once on 6 of x" in note for note in task.notes)
 
 
+def test_a_backbone_may_have_seen_what_an_external_test_learns_from(tmp_path):
+    first, second = classes(tmp_path / "one"), classes(tmp_path / "two", count=3, seed=1000)
+    task = load_own(OwnData(str(first), str(second)))
+    learned = next(item for item in task.items if item.id not in task.external)
+    tested = next(item for item in task.items if item.id in task.external)
+    refuse_leaks(SimpleNamespace(name="ours", provenance={"clips": [learned.sha256]}), task)
+    with pytest.raises(LeakError, match="pretrained on 1 of the 6 groups"):
+        refuse_leaks(SimpleNamespace(name="ours", provenance={"clips": [learned.sha256, tested.sha256]}), task)
+
+
 def test_groups_of_one_name_in_both_sets_are_different_patients_and_said(tmp_path):
     rows = [(f"{c}{i}.png", c, f"p{i}") for c in "ab" for i in range(3)]
     first = table(tmp_path / "one", "path,label,group", rows)
