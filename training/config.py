@@ -144,7 +144,8 @@ class Model:
     name: str = "meta_uscl_resnet18"
     """Ours (meta_uscl_resnet18/34/50) or any timm model."""
     pretrained: bool = False
-    """Start from the model's pretrained weights instead of at random."""
+    """Start from the model's own weights, as timm loads them, instead of at random. With model.init timm:NAME they take
+    our normalisation."""
     init: str = ""
     """Start from: imagenet (lite0; imagenet:lite1, :lite2), timm:NAME, a released tag, an exported folder, or NAME=FILE
     for a .safetensors file of the timm model NAME."""

@@ -136,6 +136,9 @@ def test_what_cannot_be_released(settings, trained, weights, tiny, tmp_path, mon
     older = weights / f"meta_uscl_tiny.{settings.tag}.safetensors"
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="MB are too much for the wheel"):
         patch.setattr(release, "MAX_BYTES", 1000)
+        release.main(replace(settings, tag="large", wheel=False), weights)  # in the repository only
+        for file in weights.glob("*large*"):
+            file.unlink()
         older.write_bytes(b"an older release")
         release.main(settings, weights)
     assert older.read_bytes() == b"an older release"

@@ -1,7 +1,7 @@
 """Batches of pairs from the frame cache: which clips, which frames, which random numbers at which step.
 
 All randomness is a function of (seed, stream, step): nothing has a state, so that a resumed run, another number of
-ranks or a prefetching thread sees the very same batches.
+ranks or a prefetching thread sees the very same batches (of a distillation's crops, see engine/distil.py).
 """
 
 import queue

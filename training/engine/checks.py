@@ -12,6 +12,7 @@ from uscl_hub.files import existing
 from uscl_hub.registry import plain_name
 
 TINY = 1e-6
+ADAMW_LR = 0.05  # no training goes well above it
 RANGES = {  # of the numbers that a user may get wrong; the upper ends are beyond any use
     "seed": (0, 2**32),
     "save_every": (1, 10**9),
@@ -83,6 +84,15 @@ def check(config):
         raise UserError("meta.batch must be at least 2: with one clean pair there is no negative; 0: as optim.batch")
     if config.meta.shuffle and (config.meta.delayed or config.meta.every > 1):
         raise UserError("meta.shuffle: a control of the exact step; leave meta.delayed at False and meta.every at 1")
+    if config.method == "meta_uscl" and config.meta.tangent == "difference" and config.precision == "bf16":
+        raise UserError("meta.tangent difference: bf16 rounds its small steps away; take --precision fp32, or 'exact'")
+    if config.model.init and config.model.pretrained:
+        raise UserError("model.init and model.pretrained both name weights to start from; leave one of them out")
+    if config.method == "distil" and config.optim.lr > ADAMW_LR:
+        raise UserError(
+            f"optim.lr {config.optim.lr:g} is too much for AdamW, which method distil takes: at most {ADAMW_LR}; "
+            "training/distil.py starts from 2e-3"
+        )
     if config.loss.weights != "uniform" and config.method != "uscl":
         raise UserError(f"loss.weights {config.loss.weights}: for method uscl only, not {config.method}")
     if config.pairs.corrupt and (config.method == "distil" or training_pairs(config).frames < 2):

@@ -1,7 +1,8 @@
 """Distillation in a training: who teaches, which crops, and their targets ahead of the student.
 
 Crops come in rounds: the teachers look at a round's crops once, the student passes over them `distil.passes` times.
-A round follows from the seed and its number, so that a resumed training, too, sees the same crops.
+A round follows from the seed, its number and the process, so that a resumed training, too, sees the same crops; another
+number of processes sees others.
 """
 
 import contextlib

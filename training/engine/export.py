@@ -51,14 +51,22 @@ def export(backbone, name, size, folder, provenance):
     return Path(folder)
 
 
+METHODS = {"distil": "distillation", "simclr": "SimCLR", "uscl": "USCL", "meta_uscl": "Meta-USCL"}
+
+
 def model_card(config):
     """The export's README.md, from its config.json."""
     p, cfg = config["uscl_hub"], config["pretrained_cfg"]
-    licences = sorted({markdown(s["licence"]) for s in p["sources"]})
+    of_data = sorted({markdown(s["licence"]) for s in p["sources"]})
     metrics = "\n".join(f"| {markdown(k)} | {v:.4g} |" for k, v in p["metrics"].items() if v is not None)
     sources = "\n".join(
         f"| {markdown(s['name'])} | {s['clips']} | {s['frames']} | {markdown(s['licence'])} |" for s in p["sources"]
     )
+    parents = p.get("parents") or []
+    made = "\n".join(made_from(parents))
+    terms = ", ".join(map(markdown, licences(parents))) or "none stated"
+    made = f"\nMade from (licences: {terms}):\n\n{made}\n" if made else ""
+    way = "" if p["method"] == "distil" else " by the method of arXiv 2212.04097"
     return f"""---
 library_name: timm
 pipeline_tag: image-feature-extraction
@@ -70,11 +78,11 @@ tags:
 - medical
 - meta-uscl
 ---
-# {config["architecture"]}, pretrained on ultrasound by {markdown(p["method"])}
+# {config["architecture"]}, pretrained on ultrasound by {markdown(METHODS.get(p["method"], p["method"]))}
 
 {config["num_features"]} features from a {cfg["input_size"][1]} x {cfg["input_size"][2]} grey image, pretrained for
-{p["steps"]} steps with uscl-hub {p["code"]["version"]} (commit {p["code"]["commit"]}) by the
-method of arXiv 2212.04097. Not a medical device: features for research, without any clinical validation.
+{p["steps"]} steps with uscl-hub {p["code"]["version"]} (commit {p["code"]["commit"]}){way}. Not a
+medical device: features for research, without any clinical validation.
 
 ```python
 import timm
@@ -82,15 +90,37 @@ model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True, num_
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
 
-Training data (licences: {", ".join(licences)}; whoever publishes these weights answers for them):
+Training data (licences: {", ".join(of_data)}; whoever publishes these weights answers for them):
 
 | source | clips | frames | licence |
 | --- | --- | --- | --- |
 {sources}
-
+{made}
 Manifest sha256: `{p["manifest_sha256"]}`. Weights sha256: `{p["sha256"]}`.
 
 | metric at the last step | value |
 | --- | --- |
 {metrics}
 """
+
+
+def licences(parents: list[dict]) -> list[str]:
+    """Every licence of the chain, each once."""
+    found = {}
+    for p in parents:
+        for licence in (p.get("licence"), *(s.get("licence") for s in p.get("sources") or ())):
+            if licence and not str(licence).startswith("none"):
+                found[str(licence)] = None
+        found |= dict.fromkeys(licences(p.get("parents") or []))
+    return list(found)
+
+
+def made_from(parents: list[dict], depth: int = 0) -> list[str]:
+    """A line of Markdown for each network or data set that a model was made from, and for what that was made from."""
+    lines = []
+    for p in parents:
+        data = "; ".join(f"{markdown(s['name'])} ({markdown(s['licence'])})" for s in p.get("sources") or ())
+        licence = markdown(p.get("licence") or "licence not stated")
+        lines.append(f"{'  ' * depth}- {markdown(p['name'])}: {licence}" + (f"; data: {data}" if data else ""))
+        lines += made_from(p.get("parents") or [], depth + 1)
+    return lines

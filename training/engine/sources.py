@@ -49,7 +49,10 @@ def load(spec: str) -> Pretrained:
         return _of_timm(rest)
     architecture, _, file = spec.partition("=")
     if file:
-        model = uscl_hub.load_meta_uscl_backbone(registry.our_name(architecture), checkpoint=file)
+        try:
+            model = uscl_hub.load_meta_uscl_backbone(registry.our_name(architecture), checkpoint=file)
+        except ValueError as error:  # no such model
+            raise CheckpointError(f"{spec}: {error}") from error
         return _of_cfg(model, {"name": Path(file).name, "licence": "not stated", "data": "not stated"})
     if Path(spec).is_dir():
         *_, config = read_config(spec)
@@ -67,14 +70,23 @@ def load(spec: str) -> Pretrained:
     return _of_cfg(model, {**(registry.provenance(spec) or {}), **about})
 
 
+def about_pretrained(backbone: nn.Module) -> dict:
+    """What is known of the weights that timm has loaded, ours or its own; as `Pretrained.about`."""
+    cfg = backbone.pretrained_cfg
+    name = f"{cfg['architecture']}.{cfg.get('tag')}"
+    return load(name).about if name in registry.releases() else _about_timm(name, cfg)
+
+
+def _about_timm(name, cfg):
+    return {"name": f"timm {name}", "licence": cfg.get("license") or "not stated", "data": "see timm's page of it"}
+
+
 def _of_timm(name):
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"timm:{name}: its weights cannot be had: {' '.join(str(error).split())}") from error
-    cfg = model.pretrained_cfg
-    about = {"name": f"timm {name}", "licence": cfg.get("license") or "not stated", "data": "see timm's page of it"}
-    return _of_cfg(model, about)
+    return _of_cfg(model, _about_timm(name, model.pretrained_cfg))
 
 
 def _of_cfg(model, about):

@@ -45,11 +45,13 @@ def build(config: Config, clips: Clips, device: torch.device) -> State:
 
 
 def start(state: State, config: Config, clips: Clips, device: torch.device) -> Distillation | None:
-    """Load what a training starts from (model.init) and learns from (distil.teachers). Raises UserError."""
+    """Load what a training starts from (model.init) and learns from (distil.teachers); note it. Raises UserError."""
     if config.model.init:
         source = sources.load(config.model.init)
         sources.initialise(state.encoder.backbone, source)
         state.parents.append({"role": "init", **source.about})
+    elif config.model.pretrained:
+        state.parents.append({"role": "init", **sources.about_pretrained(state.encoder.backbone)})
     if config.method != "distil" and not config.distil.weight:
         return None
     distillation = Distillation(config, clips, state.encoder, device)

@@ -40,7 +40,7 @@ class Encoder(nn.Module):
         if stages >= len(self.stages):
             raise ValueError(f"it has {len(self.stages)} stages")
         kept = {name for stage in self.stages[:stages] for name in stage}
-        owners = {name.rpartition(".")[0] for name in kept}
+        owners = {name.rpartition(".")[0] for name in kept} - {""}  # the backbone's own parameters have no statistics
         self.held = [m for name, m in self.backbone.named_modules() if name in owners]
         self.train(self.training)
         return {p for name, p in self.backbone.named_parameters() if name in kept}

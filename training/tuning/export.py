@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from training.engine.export import code_version, fingerprint
+from training.engine.export import code_version, fingerprint, licences, made_from
 from training.evaluation.backbones import Backbone
 from training.evaluation.leaks import LONG
 from training.messages import markdown
@@ -112,17 +112,6 @@ def parent(backbone: Backbone) -> dict:
     }
 
 
-def licences(parents: list[dict]) -> list[str]:
-    """Every licence of the chain, each once."""
-    found = {}
-    for p in parents:
-        for licence in (p["licence"], *(s.get("licence") for s in p.get("sources", ()))):
-            if licence and not str(licence).startswith("none"):
-                found[str(licence)] = None
-        found |= dict.fromkeys(licences(p.get("parents", [])))
-    return list(found)
-
-
 def check(folder: Path, model: torch.nn.Module, setting: Setting) -> None:
     """Load the folder as plain timm does and compare logits. Raises UserError if they differ."""
     import timm
@@ -187,7 +176,7 @@ def card(config: dict) -> str:
     rows = "\n".join(
         f"| {markdown(k)} | {v['value']:.3f} | {v['low']:.3f} to {v['high']:.3f} |" for k, v in p["scores"].items()
     )
-    chain = "\n".join(_chain(p["parents"]))
+    chain = "\n".join(made_from(p["parents"]))
     loading = f"""```python
 import timm
 model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()  # {config["num_classes"]} outputs
@@ -245,13 +234,3 @@ def _outputs(p: dict) -> str:
         f"{said} as if all classes were equally frequent. Where they are not, multiply each by its class's frequency "
         "and divide by their sum."
     )
-
-
-def _chain(parents: list[dict], depth: int = 0) -> list[str]:
-    lines = []
-    for p in parents:
-        data = "; ".join(f"{markdown(s['name'])} ({markdown(s['licence'])})" for s in p.get("sources", ()))
-        licence = markdown(p["licence"] or "licence not stated")
-        lines.append(f"{'  ' * depth}- {markdown(p['name'])}: {licence}" + (f"; data: {data}" if data else ""))
-        lines += _chain(p.get("parents", []), depth + 1)
-    return lines

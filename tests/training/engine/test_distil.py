@@ -198,6 +198,10 @@ def test_held_stages_stay(tiny, tmp_path):
 
 
 def test_too_many_stages_are_refused(tiny):
+    vit = Encoder("test_vit")
+    vit.hold(1)  # its class token and positions belong to the backbone itself
+    vit.train()
+    assert vit.backbone.training and all(block.training for block in vit.backbone.blocks)
     with pytest.raises(SystemExit, match="model.hold 40: it has 5 stages"):
         run.main(tiny(model={"hold": 40}))
 

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import fresh
 import numpy as np
@@ -15,8 +17,10 @@ from helpers import ROOT
 from safetensors.torch import load_file
 
 import uscl_hub
+from training.config import Config, Model
 from training.data.provenance import DataSource, Provenance
 from training.engine import export as exporting
+from training.engine import sources, train
 from uscl_hub import checkpoints, registry
 from uscl_hub.errors import CheckpointError
 from uscl_hub.models import size_arguments
@@ -98,6 +102,31 @@ def test_config_of_the_folder(folder):
     assert provenance["sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert load_file(folder / "model.safetensors").keys() == trained().state_dict().keys()
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_the_card_names_what_the_weights_were_made_from(tmp_path):
+    released = registry.provenance("meta_uscl_resnet18.cc_by_128")
+    parents = [{"role": "init", "name": "older", "parents": released["parents"]}]
+    known = replace(PROVENANCE, method="distil", parents=parents)
+    card = (exporting.export(trained(), "meta_uscl_resnet18", 32, tmp_path / "out", known) / "README.md").read_text()
+    assert "pretrained on ultrasound by distillation" in card and "2212.04097" not in card
+    made = card.partition("Made from (licences: ")[2]
+    assert "- older: licence not stated\n  - ImageNet" in made and "natural pictures" in made
+    assert "apache-2.0" in made.partition(")")[0]
+
+
+def test_weights_that_timm_has_loaded_are_a_parent(tmp_path):
+    for name in ("meta_uscl_resnet18", "meta_uscl_resnet18.nc"):
+        backbone = timm.create_model(name, pretrained=True)
+        state = SimpleNamespace(encoder=SimpleNamespace(backbone=backbone), parents=[])
+        config = Config(method="simclr", model=Model(name=name, pretrained=True))
+        assert train.start(state, config, None, torch.device("cpu")) is None
+        (parent,) = state.parents
+        tag = name if "." in name else "meta_uscl_resnet18.cc_by_128"
+        assert parent["name"] == tag and parent["sha256"] == registry.releases()[tag]["sha256"]
+        assert parent["groups"] == registry.provenance(tag)["groups"] and parent["licence"]
+    about = sources.about_pretrained(timm.create_model("test_resnet"))
+    assert about["name"].startswith("timm test_resnet") and about["licence"] == "apache-2.0"
 
 
 def test_model_card(folder):
