@@ -51,8 +51,7 @@ def embed(
 
     Clips that the file, or an interrupted run's `<output>.partial` folder, already holds are not computed
     again; that needs the same model and settings. Rows of clips that are not among the inputs stay. The file appears,
-    whole, at the end. Started by torchrun, each of its processes takes its share of the clips, and all return the
-    report.
+    whole, at the end. Under torchrun each process takes its share of the clips, and all return the report.
 
     Args:
         name, checkpoint, revision: the backbone, see `load_meta_uscl_backbone`.
