@@ -98,10 +98,8 @@ def check_export(folder) -> dict:
     what its outputs are, too."""
     *_, config = checkpoints.read_config(folder)
     about = config.get("uscl_hub")
-    if not isinstance(about, dict) or "task" not in about:
-        return checkpoints.check_folder(folder)
-    meaning = read_meaning(folder)
-    if meaning.task != "segmentation":
+    meaning = read_meaning(folder) if isinstance(about, dict) and "task" in about else None
+    if meaning is None or meaning.task != "segmentation":
         return checkpoints.check_folder(folder)
     _load_unet(Path(folder), len(meaning.labels))
     return config

@@ -10,8 +10,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from uscl_hub.clips import UnreadableClip, iter_frames
+from uscl_hub.clips.clip import extension_of
 from uscl_hub.clips.crop import SAMPLES, Region, apply_region, detect_region, sample
-from uscl_hub.clips.image import has_frames, open_image
+from uscl_hub.clips.image import SEVERAL, has_frames, open_image
 from uscl_hub.files import open_regular
 from uscl_hub.labels import Item, LabelError, Labels, cluster, read_labels
 from uscl_hub.labels.checks import IMAGE_FORMATS, is_close
@@ -163,9 +164,11 @@ class UltrasoundDataset(Dataset):
 
 
 def _is_still(item: Item) -> bool:
-    """Whether a file holds one frame, by its header."""
+    """Whether a file holds one frame, by its name or, where that leaves it open, its header."""
     if item.kind not in ("image", "dicom"):
         return False
+    if item.kind == "image" and extension_of(item.path) not in SEVERAL:
+        return True
     try:
         if item.kind == "image":
             with open_image(item.path) as image:

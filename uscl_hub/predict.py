@@ -216,7 +216,8 @@ def _step(frames: Frames, meaning: Meaning) -> int:
 
 
 def _result(clip: Clip, numbers: range, said: list, meaning: Meaning) -> dict:
-    """A clip's rows, 'clip' and 'frame'. said: of each frame that counts, what the model says, or its mask's."""
+    """A clip's rows, 'clip' and 'frame'. said: of each frame that counts, what the model says; of a segmentation what
+    `_masked` returns."""
     common = {"path": as_text(path_of(clip)), "clip": clip.id}
     if meaning.task == "segmentation":
         rows = [{**common, "frame": n, "frames": 1, **mask} for n, mask in zip(numbers, said)]

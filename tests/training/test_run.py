@@ -153,10 +153,12 @@ def test_methods_without_weights(tiny, tmp_path, monkeypatch, method):
     assert not (tmp_path / "run" / "figures" / "weights.png").exists()
 
 
+@pytest.mark.parametrize("tangent, precision", [("difference", "fp32"), ("exact", "bf16")])
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
-def test_any_timm_backbone(tiny, tmp_path, capsys, name):
-    meta = {"every": 2, "batch": 6, "delayed": True, "tangent": "difference"}
-    run.main(tiny(model={"name": name}, pairs={"mode": "inner", "augment_first": True}, meta=meta))
+def test_any_timm_backbone(tiny, tmp_path, capsys, name, tangent, precision):
+    meta = {"every": 2, "batch": 6, "delayed": True, "tangent": tangent}
+    pairs = {"mode": "inner", "augment_first": True}
+    run.main(tiny(model={"name": name}, pairs=pairs, meta=meta, precision=precision))
     assert "largest difference of the features: 0\n" in capsys.readouterr().out
     log = [r for r in read(tmp_path / "run" / "log.jsonl") if "loss" in r]
     assert ["meta_loss" in r for r in log] == [True, False, True, False] and all("weights" in r for r in log)

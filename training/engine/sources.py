@@ -65,16 +65,20 @@ def load(spec: str) -> Pretrained:
             "folder, nor NAME=FILE.safetensors"
         )
     model = uscl_hub.load_meta_uscl_backbone(spec.partition(".")[0], checkpoint=spec)
-    entry = registry.releases()[spec]
-    about = {"name": spec, "licence": entry["licence"], "data": entry["data"], "sha256": entry["sha256"]}
-    return _of_cfg(model, {**(registry.provenance(spec) or {}), **about})
+    return _of_cfg(model, _about_release(spec))
 
 
 def about_pretrained(backbone: nn.Module) -> dict:
     """What is known of the weights that timm has loaded, ours or its own; as `Pretrained.about`."""
     cfg = backbone.pretrained_cfg
     name = f"{cfg['architecture']}.{cfg.get('tag')}"
-    return load(name).about if name in registry.releases() else _about_timm(name, cfg)
+    return _about_release(name) if name in registry.releases() else _about_timm(name, cfg)
+
+
+def _about_release(tag):
+    entry = registry.releases()[tag]
+    about = {"name": tag, "licence": entry["licence"], "data": entry["data"], "sha256": entry["sha256"]}
+    return {**(registry.provenance(tag) or {}), **about}
 
 
 def _about_timm(name, cfg):

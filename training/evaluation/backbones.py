@@ -34,6 +34,11 @@ class Backbone:
     sha: str
     provenance: dict | None
 
+    @property
+    def key(self) -> list:
+        """JSON values that tell its features from those of others, at one size of the input: for caches."""
+        return [self.architecture, self.sha, self.mean, self.std]
+
 
 def split_name(spec: str) -> tuple[str, str]:
     """'name=spec' -> (name, spec); 'spec' -> (spec, spec), a folder by its own name, 'export' by its parent's; an

@@ -28,7 +28,7 @@ def compute(forward: Callable, backbone: Backbone, images: np.ndarray, device: s
 
 def cached_features(backbone: Backbone, frames: TaskFrames, cache: Path, device: str) -> np.ndarray:
     """float32 (N, d) of all frames, computed once. Raises EvaluationError if they are not finite."""
-    described = ["features", backbone.architecture, backbone.sha, backbone.mean, backbone.std, frames.key]
+    described = ["features", *backbone.key, frames.key]
 
     def make():
         return {"x": compute(backbone.model, backbone, frames.images, device).numpy()}

@@ -19,15 +19,20 @@ def task_folds(task: Task, folds: int, seed: int) -> np.ndarray:
         raise TaskError(
             f"{task.title}: {groups} group(s) are too few for {folds} folds; use fewer --folds or more data"
         )
-    assigned = np.full(len(task.items), -1)
-    strata = task.strata
-    if np.bincount(strata).max() < folds:  # too few of each to spread
-        strata = np.zeros(len(strata), int)
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # few items in a fifth: the folds are merely less alike
-        for fold, (_, test) in enumerate(splitter.split(strata, strata, task.groups)):
-            assigned[test] = fold
+        return stratified(task.strata, task.groups, folds, seed)
+
+
+def stratified(strata: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """The test fold of every item, int (items,): no group in two folds; each stratum, an int, is spread over them, but
+    for strata that are all of fewer items than there are folds."""
+    if np.unique(strata, return_counts=True)[1].max() < folds:
+        strata = np.zeros(len(strata), int)
+    assigned = np.full(len(strata), -1)
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    for fold, (_, test) in enumerate(splitter.split(strata, strata, groups)):
+        assigned[test] = fold
     return assigned
 
 
@@ -39,7 +44,6 @@ def make_folds(
     labels: int (items,). Raises TaskError, naming the class and its number of groups, if a test fold or what remains
     for training would lack a class.
     """
-    assigned = np.full(len(labels), -1)
     for label, class_name in enumerate(classes):
         count = len(set(groups[labels == label]))
         if count < folds:
@@ -47,9 +51,7 @@ def make_folds(
                 f"{name}: class {class_name!r} has {count} group(s), too few for {folds} folds that each "
                 "hold every class; use fewer --folds or more data"
             )
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    for fold, (_, test) in enumerate(splitter.split(np.zeros(len(labels)), labels, groups)):
-        assigned[test] = fold
+    assigned = stratified(labels, groups, folds, seed)
     for fold in range(folds):
         for label, class_name in enumerate(classes):
             for part, where in ((labels[assigned == fold], "test part"), (labels[assigned != fold], "training part")):

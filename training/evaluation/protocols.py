@@ -135,8 +135,7 @@ def scores_out_of_fold(
     task, item, folds, backbone = cell.task, cell.data.item, cell.folds, cell.backbone
     targets, groups, outputs = task.targets, task.groups, len(task.classes)
     result = np.full((len(item), outputs), np.nan)
-    described = ["fold", backbone.architecture, backbone.sha, backbone.mean, backbone.std, cell.data.key]
-    described += [targets.tolist(), folds.tolist(), groups.tolist()]
+    described = ["fold", *backbone.key, cell.data.key, targets.tolist(), folds.tolist(), groups.tolist()]
     described += [protocol, fraction, cell.seed, recipe and asdict(recipe)]
     described += [task.kind] if task.kind != "classification" else []
     for fold in range(folds.max() + 1):

@@ -138,7 +138,7 @@ def _segmented(config, cells: list[protocols.Cell], name: str, key: tuple[str, f
 def _row(task: Task, backbone: str, kind: tuple[str, float, str], n: int, estimates: dict) -> dict:
     """kind: protocol, fraction, level."""
     keys = dict(zip(("protocol", "fraction", "level"), kind))
-    groups = {item.group for item in task.items if not task.external or item.id in task.external}
+    groups = {item.group for item in task.tested}
     counts = {"n": n, "groups": len(groups), "found": task.found, "excluded": len(task.excluded)}
     found = {key: e.to_dict() for key, e in estimates.items()}
     return {"task": task.name, "backbone": backbone, **keys, **counts, "metrics": found}

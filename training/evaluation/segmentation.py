@@ -185,15 +185,7 @@ def masks_out_of_fold(
     lesions, task, folds, backbone = cell.data, cell.task, cell.folds, cell.backbone
     predicted, instances = np.zeros(lesions.masks.shape, bool), [[] for _ in lesions.masks]
     settings = {**asdict(recipe), "heads": head}
-    described = [
-        "segment",
-        backbone.architecture,
-        backbone.sha,
-        backbone.mean,
-        backbone.std,
-        lesions.key,
-        folds.tolist(),
-    ]
+    described = ["segment", *backbone.key, lesions.key, folds.tolist()]
     described += [task.groups.tolist(), task.strata.tolist()]
     for fold in range(folds.max() + 1):
         test, training = folds == fold, training_items(task, folds, fold, fraction, cell.seed)

@@ -108,8 +108,9 @@ def run(config: FinetuneConfig) -> dict:
     for line in (about(found), imbalance(found), *found.notes):
         say(line)
     settings = make_settings(config, found, out / "cache")
-    for px in {setting.pixels.px for setting in settings} if test is not None else ():
-        pixels.load(test, px, config.crop, out / "cache")  # a file that cannot be read is known before the training
+    if test is not None:  # a file that cannot be read is known before the training
+        for px in {setting.pixels.px for setting in settings}:
+            pixels.load(test, px, config.crop, out / "cache")
     weights = [sum(p.nbytes for p in setting.backbone.model.parameters()) for setting in settings]
     check_room(out, max(weights))
     key = [

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.model_selection import StratifiedGroupKFold
 from tqdm import tqdm
 
-from training.evaluation.folds import make_folds
+from training.evaluation.folds import make_folds, stratified
 from training.evaluation.frames import cached
 from training.tuning import frozen, network, scores
 from training.tuning.network import Setting
@@ -54,12 +53,7 @@ def split(found: Labels, folds: int, seed: int) -> np.ndarray:
         strata = np.digitize(first, np.unique(np.quantile(first, [0.25, 0.5, 0.75])))
     else:
         strata = np.zeros(len(groups), int)
-    if np.bincount(strata - strata.min()).max() < folds:  # too few of each to spread
-        strata = np.zeros(len(groups), int)
-    assigned = np.zeros(len(groups), int)
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    for fold, (_, test) in enumerate(splitter.split(np.zeros(len(groups)), strata, groups)):
-        assigned[test] = fold
+    assigned = stratified(strata, groups, folds, seed)
     for fold in range(folds):
         train = found.targets[assigned != fold]
         for c, name in enumerate(found.classes if found.task == "multilabel" else ()):
@@ -182,16 +176,7 @@ def fold_logits(
     items = np.flatnonzero(folds != fold)
     assert not set(setting.found.groups[items]) & set(setting.found.groups[folds == fold])
     frames = pixels.frames_of(np.flatnonzero(folds == fold))
-    described = [
-        "tuned",
-        backbone.architecture,
-        backbone.sha,
-        backbone.mean,
-        backbone.std,
-        pixels.key,
-        asdict(recipe),
-        setting.seed,
-    ]
+    described = ["tuned", *backbone.key, pixels.key, asdict(recipe), setting.seed]
 
     def make():
         if not recipe.epochs:
@@ -215,7 +200,7 @@ def fold_logits(
 def frozen_features(setting: Setting, cache: Path) -> np.ndarray:
     """`frozen.mirrored_features` of a frozen backbone, kept in `cache`."""
     backbone = setting.backbone
-    described = ["frozen", backbone.architecture, backbone.sha, backbone.mean, backbone.std, setting.pixels.key]
+    described = ["frozen", *backbone.key, setting.pixels.key]
     make = partial(frozen.mirrored_features, backbone, setting.pixels, setting.device)
     return cached(cache, described, lambda: {"x": make()})["x"]
 

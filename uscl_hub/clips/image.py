@@ -22,6 +22,7 @@ from uscl_hub.clips.quiet import quiet
 from uscl_hub.preprocess import to_grey
 
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
+SEVERAL = {".png", ".apng", ".tif", ".tiff", ".webp"}  # extensions of pictures that `has_frames` may be true of
 
 
 @contextmanager

@@ -276,7 +276,7 @@ def simulated():
     return task, frames, x, make_folds(labels, groups, ("a", "b"), 5, 0)
 
 
-NOBODY = SimpleNamespace(architecture="none", sha="sha", mean=0, std=1)
+NOBODY = SimpleNamespace(key=["none", "sha", 0, 1])
 
 
 def test_no_model_sees_its_test_groups(simulated, monkeypatch, tmp_path):
